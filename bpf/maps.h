@@ -1,0 +1,137 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/* Everything that the programs remember. otel_tcppktlat/probe/layout.py declares the same for user space. */
+
+#define INLINE 8    /* entries that sit with the socket (power of two) */
+#define CHUNK 64    /* entries of a chunk of the shared pool (power of two) */
+#define GAP_CHUNKS 64 /* that one socket may hold behind gaps; only the first may be less than half full */
+#define GAP_RUNS ((GAP_CHUNKS - 2) * CHUNK / 2)
+#define EPOCHS 4096 /* slots of process epochs (power of two) */
+
+/* Segments that may be read and have not been: `count` of `length` bytes each, the last of which ends before `end`.
+ * count 0: `length` bytes that no tracepoint showed. length 0: segments merged when the pool was empty.
+ * Behind a gap the same record is a run of equal segments, with no arrival time. */
+struct entry {
+  u64 at_ns;
+  u32 end, count, length, unused;
+};
+
+struct chunk {
+  struct entry e[CHUNK];
+  u32 next, n; /* n: entries in use, of chunks that hold what waits behind a gap */
+};
+
+/* One socket. The socket lock serialises all hooks of a socket, so nothing here is atomic. */
+struct queue {
+  u32 last_end; /* end of the youngest entry: rcv_nxt, as long as the stack keeps what it was given */
+  u32 cold;     /* COLD_*: why the short path must not touch this socket */
+  u32 head, n;  /* ring of entries with the socket; older than all that spilled */
+  u32 reader, epoch, series; /* whose histogram, remembered from the last pickup; reader: READER() */
+  u32 outcome;             /* OBSERVED, OWN or FILTERED */
+  struct entry e[INLINE];
+  u32 spill_head, spill_tail;   /* positions in the chain of chunks, whole chunks counted */
+  u32 first_chunk, last_chunk;  /* of that chain */
+  u32 spilled, base;            /* segments in it; initial sequence number of the connection */
+  u32 gap_first, gap_last;      /* chunks of runs behind a gap, by sequence; valid while gap_runs is not 0 */
+  u32 gap_runs, gapped;         /* runs there, and their segments */
+  u32 aside_start, aside_end, aside_ooopack; /* the last segment behind a gap, until the stack took or dropped it */
+  u32 unused;
+  u64 in_order_at_ns; /* arrival of the segment that may have closed the gap */
+  u64 picked_ns, longest_ns, sum_ns; /* the pickup that is being worked on; kept here, the verifier need not follow it */
+  u32 segments, bytes, undescribed, firsts;
+};
+#define COLD_SPILL 1
+#define COLD_GAP 2
+#define COLD_ASIDE 4
+#define COLD_MIXED 8 /* the ring holds an entry that is not just one segment */
+
+/* The books: what became of every segment. Per CPU; added to atomically, because softirqs interrupt readers. */
+struct books {
+  u64 received, admitted;
+  u64 observed, own, filtered, duplicate, dropped, unread;
+  u64 untracked_socket, untracked_pool, untracked_mptcp;
+  u64 merged, undescribed_bytes, events_lost, sockets_opened, sockets_closed, processes_gone, series_overflowed;
+};
+enum outcome { OBSERVED, OWN, FILTERED };
+
+/* Who reads, and as what. start_ns and exec_id tell a reused pid and an exec apart. */
+struct process_key {
+  u64 start_ns;
+  u32 tgid, exec_id;
+};
+struct series_key {
+  struct process_key process;
+  u16 port, family; /* host byte order; AF_* */
+  u8 role, unused[3];
+  u8 address[16]; /* zero unless asked for; IPv4 in the first four */
+};
+#define ROLE_SERVER 0
+#define ROLE_CLIENT 1
+
+struct identity {
+  u64 cgroup_id;
+  char comm[16], executable[64];
+};
+
+/* One interval of one series on one set of CPUs. User space zeroes it after each interval. */
+struct histogram {
+  u64 sum_ns;
+  u32 bucket[BUCKETS];
+};
+#define OVERFLOW 0 /* series for what exceeds the map */
+#define SINK 1     /* series for what is not to be shown: own, filtered */
+#define SLOTS (MAX_SERIES * COPIES + 1)
+#define GENERATION_SLOT (MAX_SERIES * COPIES) /* its sum_ns is the number of the interval */
+
+struct event {
+  u64 picked_ns, wait_ns;
+  u32 tgid, tid;
+  u32 series, generation;
+  u32 segments, bytes;
+  u16 local_port, remote_port, family;
+  u8 bucket, kind;
+  u8 role, unused[7];
+  u8 local_address[16], remote_address[16];
+  char comm[16];
+};
+#define KIND_EXEMPLAR 1
+#define KIND_ROW 2
+
+/* The first wait of each bucket in one pickup, until they become events. One array per CPU: `pickup_ns`, its time,
+ * tells whose it is. */
+struct first {
+  u64 pickup_ns, wait_ns;
+  u32 generation, unused;
+};
+struct firsts { struct first of_bucket[256]; };
+struct bounds { u64 upper_ns[256]; };
+
+#if TYPED
+BPF_SK_STORAGE(queues, struct queue);
+#else
+BPF_HASH(queues, u64, struct queue, MAX_SOCKETS);
+BPF_PERCPU_ARRAY(zero_queue, struct queue, 1);
+#endif
+BPF_ARRAY(chunks, struct chunk, MAX_CHUNKS);
+BPF_QUEUE(free_chunks, u32, MAX_CHUNKS);
+BPF_PERCPU_ARRAY(books, struct books, 1);
+BPF_HASH(processes, struct process_key, u64, MAX_SERIES); /* when it went, or 0 */
+BPF_ARRAY(epochs, u32, EPOCHS);                           /* by tgid: grows when one of those processes execs or ends */
+BPF_HASH(series, struct series_key, u32, MAX_SERIES);
+BPF_QUEUE(free_series, u32, MAX_SERIES);
+BPF_ARRAY(identities, struct identity, MAX_SERIES);
+BPF_ARRAY(histograms_even, struct histogram, SLOTS);
+BPF_ARRAY(histograms_odd, struct histogram, SLOTS);
+BPF_ARRAY_OF_MAPS(histograms, "histograms_even", 1);
+BPF_ARRAY(bounds, struct bounds, 1);
+BPF_PERCPU_ARRAY(firsts, struct firsts, 1);
+/* The ring buffer of events. The loader makes it: bcc 0.26 has no bpf_ringbuf_query() for its own. */
+#define EVENTS ((void *)bpf_pseudo_fd(1 /* BPF_PSEUDO_MAP_FD */, EVENTS_FD))
+BPF_PROG_ARRAY(probe_tails, 2);
+BPF_PROG_ARRAY(adjust_tails, 3);
+BPF_PROG_ARRAY(destroy_tails, 1);
+#define TAIL_PROBE_SLOW 0
+#define TAIL_RECONNECT 1
+#define TAIL_ADJUST_SLOW 0
+#define TAIL_DRAIN 1
+#define TAIL_EMIT 2
+#define TAIL_DISCARD 0

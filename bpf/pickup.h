@@ -1,0 +1,153 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/* A pickup: a reader's copied_seq has moved, which completes every entry that ends at or before it. */
+
+struct sink { /* where its waits go */
+  void *active; /* the interval's histograms */
+  struct histogram *h;
+  struct bounds *table;
+};
+
+static inline struct first *first_of(u32 bucket) {
+  int zero = 0;
+  struct firsts *firsts_of_cpu = firsts.lookup(&zero);
+  return firsts_of_cpu ? &firsts_of_cpu->of_bucket[bucket & 255] : 0;
+}
+
+/* The first wait of a bucket in this interval and on these CPUs: user space has zeroed the histogram after the last one. */
+static inline void note_first(struct queue *q, struct sink *to, u32 bucket, u64 wait_ns) {
+  struct first *f = first_of(bucket);
+  if (!f || q->outcome != OBSERVED) return;
+  f->pickup_ns = q->picked_ns;
+  f->wait_ns = wait_ns;
+  f->generation = generation_of(to->active);
+  q->firsts = 1;
+}
+
+/* An entry that is done as a whole. */
+static inline void complete(struct entry *e, struct queue *q, struct sink *to) {
+  u32 count = e->count, length = e->length;
+  if (unlikely(!count)) {
+    q->undescribed += length;
+    return;
+  }
+  u64 wait_ns = q->picked_ns - e->at_ns;
+  if (wait_ns > q->longest_ns) q->longest_ns = wait_ns;
+  u32 bucket = bucket_of(to->table, wait_ns);
+#if EXEMPLARS
+  if (unlikely(!to->h->bucket[bucket])) note_first(q, to, bucket, wait_ns);
+#endif
+  ADD(to->h->bucket[bucket], count);
+  q->sum_ns += wait_ns * count;
+  q->segments += count;
+  q->bytes += count * length;
+}
+
+/* 1 if a < b, else 0, of numbers whose difference fits 63 bits; no branch, and no sign mask: 6.18 forks on those as well. */
+static inline u64 is_less(u64 a, u64 b) {
+  u64 difference = a - b;
+  KEEP(difference); /* or clang makes a branch of it */
+  return difference >> 63;
+}
+
+/* complete() without a branch: the verifier follows both ways of each one, for every entry of a long loop. */
+static inline void complete_in_bulk(struct entry *e, struct queue *q, struct sink *to, struct firsts *noted, u32 generation) {
+  u64 count = e->count, length = e->length, wait_ns = q->picked_ns - e->at_ns, counted = is_less(0, count);
+  u64 longest_ns = q->longest_ns;
+  u32 bucket = bucket_of(to->table, wait_ns);
+  q->undescribed += length * (1 - counted);
+  q->longest_ns = longest_ns + (wait_ns - longest_ns) * (is_less(longest_ns, wait_ns) & counted);
+#if EXEMPLARS
+  u64 fresh = is_less(to->h->bucket[bucket], 1) & counted;
+  struct first *f = &noted->of_bucket[bucket];
+  u64 pickup_ns = f->pickup_ns, first_ns = f->wait_ns;
+  f->pickup_ns = pickup_ns + (q->picked_ns - pickup_ns) * fresh;
+  f->wait_ns = first_ns + (wait_ns - first_ns) * fresh;
+  f->generation = generation;
+  q->firsts |= fresh;
+#endif
+  ADD(to->h->bucket[bucket], count);
+  q->sum_ns += wait_ns * count;
+  q->segments += count;
+  q->bytes += count * length;
+}
+
+/* An entry that copied_seq is inside of: of a run, the segments that it has passed; of a hole, the bytes. */
+static inline void complete_part(struct entry *e, u32 copied, struct queue *q, struct sink *to) {
+  u32 length = e->length, left = e->end - copied;
+  if (!e->count) {
+    if (left >= length) return;
+    q->undescribed += length - left;
+    e->length = left;
+    return;
+  }
+  if (e->count == 1 || !length) return;
+  u32 remaining = (left + length - 1) / length;
+  if (remaining >= e->count) return;
+  struct entry done = {.at_ns = e->at_ns, .count = e->count - remaining, .length = length};
+  complete(&done, q, to);
+  e->count = remaining;
+}
+
+/* What has ended of the ring. */
+static inline void complete_ring(u32 copied, struct queue *q, struct sink *to) {
+  for (u32 i = 0; i < INLINE; i++) { KEEP(i);
+    struct entry *e = &q->e[q->head & (INLINE - 1)];
+    if (!q->n || after(e->end, copied)) break;
+    complete(e, q, to);
+    q->head++;
+    q->n--;
+  }
+}
+
+static inline void begin_pickup(struct queue *q) {
+  q->picked_ns = bpf_ktime_get_ns();
+  q->longest_ns = q->sum_ns = 0;
+  q->segments = q->bytes = q->undescribed = q->firsts = 0;
+}
+
+static inline void end_pickup(struct books *b, struct queue *q, struct sink *to) {
+  if (unlikely(q->undescribed)) ADD(b->undescribed_bytes, q->undescribed);
+  if (!q->segments) return;
+  ADD(to->h->sum_ns, q->sum_ns);
+  if (q->outcome == OBSERVED) ADD(b->observed, q->segments);
+  else if (q->outcome == OWN) ADD(b->own, q->segments);
+  else ADD(b->filtered, q->segments);
+}
+
+/* Is there something to tell user space? */
+static inline int notable(struct queue *q) {
+  if (q->outcome != OBSERVED || !q->segments) return 0;
+#if ROWS
+  if (q->longest_ns >= MIN_NS) return 1;
+#endif
+  return q->firsts;
+}
+
+static inline void emit(struct books *b, void *sk, struct queue *q, u32 bucket, u64 wait_ns, u32 generation,
+                        u32 kind) {
+  struct event *e = bpf_ringbuf_reserve(EVENTS, sizeof(struct event), 0);
+  if (!e) {
+    ADD(b->events_lost, 1);
+    return;
+  }
+  u64 pid_tgid = bpf_get_current_pid_tgid();
+  __builtin_memset(e, 0, sizeof(*e));
+  e->picked_ns = q->picked_ns;
+  e->wait_ns = wait_ns;
+  e->tgid = pid_tgid >> 32;
+  e->tid = pid_tgid;
+  e->series = q->series;
+  e->generation = generation;
+  e->segments = q->segments;
+  e->bytes = q->bytes;
+  e->local_port = local_port_of(sk);
+  e->remote_port = remote_port_of(sk);
+  e->role = role_of(sk);
+  e->bucket = bucket;
+  e->kind = kind;
+  e->family = addresses_of(sk, e->local_address, e->remote_address);
+  bpf_get_current_comm(e->comm, sizeof(e->comm));
+  /* The reader polls on a timer. One wakeup as the buffer passes half: the window is wide enough for a few CPUs. */
+  u64 used = bpf_ringbuf_query(EVENTS, BPF_RB_AVAIL_DATA), half = RING_BYTES / 2;
+  bpf_ringbuf_submit(e, used >= half && used < half + 4 * sizeof(*e) ? BPF_RB_FORCE_WAKEUP : BPF_RB_NO_WAKEUP);
+}

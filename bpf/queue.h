@@ -1,0 +1,159 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/* The readable queue of a socket: what may be read, oldest first. A few entries sit with the socket, the rest in chunks. */
+
+static inline struct books *books_of_cpu(void) {
+  int zero = 0;
+  return books.lookup(&zero);
+}
+
+#if TYPED
+static inline struct queue *queue_of(void *sk) { return queues.sk_storage_get(sk, 0, 0); }
+static inline struct queue *create_queue(void *sk) {
+  return queues.sk_storage_get(sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+}
+static inline void forget_queue(void *sk) {} /* the kernel frees it with the socket */
+#else
+static inline struct queue *queue_of(void *sk) {
+  u64 id = (u64)sk;
+  return queues.lookup(&id);
+}
+static inline struct queue *create_queue(void *sk) {
+  u64 id = (u64)sk;
+  int zero = 0;
+  struct queue *empty = zero_queue.lookup(&zero);
+  if (!empty) return 0;
+  queues.insert(&id, empty);
+  return queues.lookup(&id);
+}
+static inline void forget_queue(void *sk) {
+  u64 id = (u64)sk;
+  queues.delete(&id);
+}
+#endif
+
+static inline struct chunk *chunk_at(u32 number) { return chunks.lookup(&number); }
+
+static inline struct chunk *take_chunk(u32 *number) {
+  if (free_chunks.pop(number)) return 0;
+  return chunk_at(*number);
+}
+
+static inline void give_chunk(u32 number) { free_chunks.push(&number, 0); }
+
+/* The chunk that the next spilled entry goes to, or 0 when the pool is empty. */
+static inline struct chunk *chunk_for_push(struct queue *q) {
+  if (q->spill_tail & (CHUNK - 1)) return chunk_at(q->last_chunk);
+  u32 number = 0;
+  struct chunk *fresh = take_chunk(&number);
+  if (!fresh) return 0;
+  if (q->spill_head == q->spill_tail) {
+    q->first_chunk = number;
+  } else {
+    struct chunk *last = chunk_at(q->last_chunk);
+    if (last) last->next = number;
+  }
+  q->last_chunk = number;
+  return fresh;
+}
+
+static inline struct entry *youngest(struct queue *q) {
+  if (q->spill_head == q->spill_tail) return &q->e[(q->head + q->n - 1) & (INLINE - 1)];
+  struct chunk *last = chunk_at(q->last_chunk);
+  return last ? &last->e[(q->spill_tail - 1) & (CHUNK - 1)] : 0;
+}
+
+/* Appends `count` segments of `length` bytes that end at `end`. With an empty pool they merge into the youngest entry:
+ * their wait is then rounded up, and counted as such. */
+static inline void push(struct books *b, struct queue *q, u32 end, u32 count, u32 length, u64 at_ns) {
+  struct entry *e;
+  q->last_end = end;
+  if (q->spill_head == q->spill_tail && q->n < INLINE) {
+    e = &q->e[(q->head + q->n) & (INLINE - 1)];
+    q->n++;
+    if (count != 1) q->cold |= COLD_MIXED;
+  } else {
+    struct chunk *c = chunk_for_push(q);
+    q->cold |= COLD_SPILL;
+    if (!c) {
+      ADD(b->merged, count);
+      e = youngest(q);
+      if (!e) return;
+      e->end = end;
+      e->count += count;
+      e->length = 0;
+      if (q->spill_head == q->spill_tail) q->cold |= COLD_MIXED;
+      else q->spilled += count;
+      return;
+    }
+    e = &c->e[q->spill_tail & (CHUNK - 1)];
+    q->spill_tail++;
+    q->spilled += count;
+  }
+  e->at_ns = at_ns;
+  e->end = end;
+  e->count = count;
+  e->length = length;
+}
+
+/* The stack threw the youngest segment away after tcp_probe: rcv_nxt did not move past it. */
+static inline void drop_youngest(struct books *b, struct queue *q, u32 rcv_nxt) {
+  q->last_end = rcv_nxt;
+  int spilled = q->spill_head != q->spill_tail;
+  if (!spilled && !q->n) return;
+  struct entry *e = youngest(q);
+  if (!e || !e->count) return;
+  ADD(b->dropped, 1);
+  if (spilled) q->spilled--;
+  if (e->count > 1) { /* merged: only its last segment is gone */
+    e->count--;
+    e->end = rcv_nxt;
+  } else if (spilled) { /* stays as an entry of nothing */
+    e->count = e->length = 0;
+    e->end = rcv_nxt;
+  } else {
+    q->n--;
+  }
+}
+
+/* The socket's entries that are left, and its chunks, as unread. More than `rounds` can free: returns 1, call again. */
+static inline int discard(struct books *b, struct queue *q) {
+  u32 unread = 0;
+  for (u32 i = 0; i < INLINE; i++) { KEEP(i);
+    if (i < q->n) unread += q->e[(q->head + i) & (INLINE - 1)].count;
+  }
+  q->n = 0;
+  if (q->spill_head != q->spill_tail) {
+    unread += q->spilled;
+    q->spilled = 0;
+    u32 number = q->first_chunk, left = ((q->spill_tail - 1) / CHUNK) - (q->spill_head / CHUNK) + 1;
+    for (u32 i = 0; i < 128; i++) { KEEP(i);
+      if (!left) break;
+      struct chunk *c = chunk_at(number);
+      if (!c) break;
+      u32 next = c->next;
+      give_chunk(number);
+      number = next;
+      left--;
+    }
+    q->first_chunk = number;
+    q->spill_head = 0;
+    q->spill_tail = left * CHUNK;
+  }
+  if (q->gap_runs) {
+    u32 number = q->gap_first;
+    for (u32 i = 0; i < GAP_CHUNKS; i++) { KEEP(i);
+      struct chunk *c = chunk_at(number);
+      if (!c) break;
+      u32 next = c->next, last = number == q->gap_last;
+      give_chunk(number);
+      number = next;
+      if (last) break;
+    }
+    q->gap_runs = 0;
+  }
+  unread += q->gapped + !!(q->cold & COLD_ASIDE);
+  q->gapped = 0;
+  q->cold = 0;
+  ADD(b->unread, unread);
+  return q->spill_head != q->spill_tail;
+}

@@ -1,0 +1,152 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/* Whose histogram: from the reader and the socket to a series, remembered with the socket until the process changes. */
+
+/* What a remembered series depends on: the process; with -t, the thread. */
+#ifdef FILTER_TID
+#define READER(pid_tgid) ((u32)(pid_tgid))
+#else
+#define READER(pid_tgid) ((u32)((pid_tgid) >> 32))
+#endif
+
+static inline u32 *epoch_of(u32 tgid) {
+  u32 slot = tgid & (EPOCHS - 1);
+  return epochs.lookup(&slot);
+}
+
+static inline enum outcome outcome_for(u64 pid_tgid) {
+  if ((u32)(pid_tgid >> 32) == OWN_TGID) return OWN;
+#ifdef FILTER_PID
+  if ((u32)(pid_tgid >> 32) != FILTER_PID) return FILTERED;
+#endif
+#ifdef FILTER_TID
+  if ((u32)pid_tgid != FILTER_TID) return FILTERED;
+#endif
+  return OBSERVED;
+}
+
+static inline struct process_key process_of(void *task, u32 tgid) {
+  void *leader = copy_pointer(task, OFF_task_struct_group_leader);
+  struct process_key process = {
+      .start_ns = copy_u64(leader, OFF_task_struct_start_time),
+      .tgid = tgid,
+      .exec_id = copy_u32(task, OFF_task_struct_self_exec_id), /* threads inherit the leader's */
+  };
+  return process;
+}
+
+/* A port that connect() chose has a bind bucket of its own kind; a listener's children share the listener's bucket.
+ * It holds for connections older than this program. A client that binds its own port looks like a server. */
+static inline u8 role_of(void *sk) {
+  void *bucket = copy_pointer(sk, OFF_inet_connection_sock_icsk_bind_hash);
+  u8 fastreuse = 0;
+  bpf_probe_read_kernel(&fastreuse, 1, (char *)bucket + OFF_inet_bind_bucket_fastreuse);
+  return fastreuse == FASTREUSE_CONNECT ? ROLE_CLIENT : ROLE_SERVER;
+}
+
+/* Copies an address, 16 bytes; returns the family, AF_INET for an IPv4 peer of an IPv6 socket (::ffff:0:0/96). */
+static inline u16 addresses_of(void *sk, u8 *local, u8 *remote) {
+  u16 family = copy_u32(sk, OFF_sock_common_skc_family);
+  if (family == AF_INET6) {
+    u32 prefix[3] = {};
+    bpf_probe_read_kernel(prefix, sizeof(prefix), (char *)sk + OFF_sock_common_skc_v6_daddr);
+    if (prefix[0] || prefix[1] || prefix[2] != bpf_htonl(0xffff)) {
+      bpf_probe_read_kernel(local, 16, (char *)sk + OFF_sock_common_skc_v6_rcv_saddr);
+      bpf_probe_read_kernel(remote, 16, (char *)sk + OFF_sock_common_skc_v6_daddr);
+      return AF_INET6;
+    }
+  }
+  bpf_probe_read_kernel(local, 4, (char *)sk + OFF_sock_common_skc_rcv_saddr);
+  bpf_probe_read_kernel(remote, 4, (char *)sk + OFF_sock_common_skc_daddr);
+  return AF_INET;
+}
+
+static inline u16 local_port_of(void *sk) { return copy_u32(sk, OFF_sock_common_skc_num); }
+static inline u16 remote_port_of(void *sk) { return bpf_ntohs((u16)copy_u32(sk, OFF_sock_common_skc_dport)); }
+
+static inline void name_series(u32 number, void *task) {
+  struct identity *who = identities.lookup(&number);
+  if (!who) return;
+  void *exe_file = copy_pointer(copy_pointer(task, OFF_task_struct_mm), OFF_mm_struct_exe_file);
+  void *dentry = copy_pointer(exe_file, OFF_file_f_path + OFF_path_dentry);
+  who->cgroup_id = bpf_get_current_cgroup_id();
+  who->executable[0] = 0; /* kernel threads have none */
+  bpf_probe_read_kernel_str(who->executable, sizeof(who->executable), copy_pointer(dentry, OFF_dentry_d_name + OFF_qstr_name));
+  bpf_probe_read_kernel_str(who->comm, sizeof(who->comm),
+                            (char *)copy_pointer(task, OFF_task_struct_group_leader) + OFF_task_struct_comm);
+}
+
+/* The series of this reader on this socket, made if need be. OVERFLOW when a map is full. */
+static inline u32 series_for(void *sk, u32 tgid) {
+  void *task = (void *)bpf_get_current_task();
+  u8 local[16] = {}, remote[16] = {};
+  struct series_key key = {.process = process_of(task, tgid), .role = role_of(sk)};
+  key.family = addresses_of(sk, local, remote);
+  key.port = key.role == ROLE_CLIENT ? remote_port_of(sk) : local_port_of(sk);
+#ifdef KEY_ADDRESS
+  __builtin_memcpy(key.address, key.role == ROLE_CLIENT ? remote : local, 16);
+#endif
+  u32 *known = series.lookup(&key), fresh = OVERFLOW;
+  if (known) return *known;
+  u64 alive = 0;
+  struct process_key process = key.process;
+  processes.insert(&process, &alive);
+  if (!processes.lookup(&process) || free_series.pop(&fresh)) return OVERFLOW;
+  name_series(fresh, task);
+  series.insert(&key, &fresh);
+  known = series.lookup(&key);
+  if (known && *known == fresh) return fresh;
+  free_series.push(&fresh, 0); /* the map is full, or another CPU was first */
+  return known ? *known : OVERFLOW;
+}
+
+static inline void remember_reader(struct books *b, void *sk, struct queue *q, u64 pid_tgid) {
+  u32 tgid = pid_tgid >> 32, *epoch = epoch_of(tgid);
+  q->epoch = epoch ? *(volatile u32 *)epoch : 0; /* before the look-up: what changes meanwhile is seen at the next pickup */
+  q->outcome = outcome_for(pid_tgid);
+  q->series = q->outcome == OBSERVED ? series_for(sk, tgid) : SINK;
+  q->reader = READER(pid_tgid);
+  if (q->series == OVERFLOW) {
+    ADD(b->series_overflowed, 1);
+    q->reader = 0; /* try again at the next pickup: a place may have become free */
+  }
+}
+
+/* A process is no more what it was: sockets look their series up again, and user space may retire the old ones. */
+static inline void process_gone(struct process_key process) {
+  u64 *gone_ns = processes.lookup(&process), now = bpf_ktime_get_ns();
+  if (!gone_ns) return;
+  u32 *epoch = epoch_of(process.tgid);
+  struct books *b = books_of_cpu();
+  if (epoch) ADD(*epoch, 1);
+  *gone_ns = now;
+  if (b) ADD(b->processes_gone, 1);
+}
+
+/* The interval's histograms. User space exchanges the two maps; the exchange waits for the programs that use the old one. */
+static inline void *active_histograms(void) {
+  int zero = 0;
+  return histograms.lookup(&zero);
+}
+
+static inline struct histogram *histogram_of(void *active, u32 number) {
+  if (!active) return 0;
+#if COPIES > 1
+  number = number * COPIES + (bpf_get_smp_processor_id() & (COPIES - 1));
+#endif
+  return bpf_map_lookup_elem(active, &number);
+}
+
+static inline u32 generation_of(void *active) {
+  u32 slot = GENERATION_SLOT;
+  struct histogram *tag = bpf_map_lookup_elem(active, &slot);
+  return tag ? tag->sum_ns : 0;
+}
+
+/* How many upper bounds are below `ns`: bisection without a branch, over a table padded with the largest number. */
+static inline u32 bucket_of(struct bounds *table, u64 ns) {
+  u32 bucket = 0;
+#pragma unroll
+  for (u32 step = BUCKETS / 2; step; step /= 2)
+    bucket += ((s64)(table->upper_ns[bucket + step - 1] - ns) >> 63) & step;
+  return bucket;
+}

@@ -1,0 +1,283 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/* The programs, one per hook. The short paths come first in each pair; whatever is rare is tail-called, so that they stay
+ * small. A hook's tail-called programs run as part of it: under the same socket lock and the same RCU read section.
+ *
+ *   tcp_probe              a segment has arrived                       probe, probe_slow, reconnect
+ *   tcp_rcv_space_adjust   a reader has copied bytes                   adjust, adjust_slow, drain, emit_events
+ *   tcp_destroy_sock       the socket goes                             destroy
+ *   sched_process_exec, sched_process_exit                             process_exec, process_exit
+ */
+
+static inline int port_filtered(void *sk) {
+#ifdef FILTER_LPORT
+  if (load_u16(sk, OFF_sock_common_skc_num) != FILTER_LPORT) return 1;
+#endif
+#ifdef FILTER_RPORT
+  if (load_u16(sk, OFF_sock_common_skc_dport) != bpf_htons(FILTER_RPORT)) return 1;
+#endif
+  return 0;
+}
+
+static inline u32 connection_base(void *tp, u32 rcv_nxt) { return rcv_nxt - load_u32(tp, OFF_tcp_sock_bytes_received); }
+
+/* First sight of a socket. What lies unread in it already, nobody saw arrive. */
+static inline struct queue *begin_queue(struct books *b, void *sk, void *tp, u32 rcv_nxt) {
+  struct queue *q = create_queue(sk);
+  if (!q) return 0;
+  ADD(b->sockets_opened, 1);
+  q->base = connection_base(tp, rcv_nxt);
+  q->last_end = load_u32(tp, OFF_tcp_sock_copied_seq);
+  return q;
+}
+
+/* tcp_probe, called by tcp_rcv_established() before it checks anything: a segment in sequence, on a socket that reads. */
+int probe(u64 *ctx) {
+  void *sk = (void *)ctx[0];
+  struct span_of_bytes data = data_of((void *)ctx[1]);
+  if (data.end == data.start) return 0;
+  if (port_filtered(sk)) return 0;
+  struct books *b = books_of_cpu();
+  void *tp = tcp_sock_of(sk);
+  if (!b || !tp) return 0;
+  ADD(b->received, 1);
+  u32 rcv_nxt = load_u32(tp, OFF_tcp_sock_rcv_nxt);
+  struct queue *q = queue_of(sk);
+  if (unlikely(!q || q->cold || q->n >= INLINE || q->last_end != rcv_nxt || data.start != rcv_nxt)) {
+    probe_tails.call(ctx, TAIL_PROBE_SLOW);
+    ADD(b->untracked_pool, 1); /* not reached */
+    return 0;
+  }
+  struct entry *e = &q->e[(q->head + q->n) & (INLINE - 1)];
+  e->at_ns = bpf_ktime_get_ns();
+  e->end = data.end;
+  e->count = 1;
+  e->length = data.end - data.start;
+  q->last_end = data.end;
+  q->n++;
+  ADD(b->admitted, 1);
+  return 0;
+}
+
+/* Any segment, on a socket in any state. */
+int probe_slow(u64 *ctx) {
+  void *sk = (void *)ctx[0];
+  struct span_of_bytes data = data_of((void *)ctx[1]);
+  struct books *b = books_of_cpu();
+  void *tp = tcp_sock_of(sk);
+  if (!b || !tp) return 0;
+  u32 rcv_nxt = load_u32(tp, OFF_tcp_sock_rcv_nxt);
+  struct queue *q = queue_of(sk);
+  if (!q) {
+#ifdef OFF_tcp_sock_is_mptcp
+    if (load_u8(tp, OFF_tcp_sock_is_mptcp)) { /* its data is read from the MPTCP socket */
+      ADD(b->untracked_mptcp, 1);
+      return 0;
+    }
+#endif
+    q = begin_queue(b, sk, tp, rcv_nxt);
+    if (!q) {
+      ADD(b->untracked_socket, 1);
+      return 0;
+    }
+  }
+  if (q->last_end != rcv_nxt && connection_base(tp, rcv_nxt) != q->base) {
+    probe_tails.call(ctx, TAIL_RECONNECT);
+    return 0;
+  }
+  if (reconcile(b, q, tp, rcv_nxt)) probe_tails.call(ctx, TAIL_PROBE_SLOW);
+  if (!after(data.end, rcv_nxt)) {
+    ADD(b->duplicate, 1);
+    return 0;
+  }
+  ADD(b->admitted, 1);
+  if (after(data.start, rcv_nxt)) { /* behind a gap, if the stack takes it: the next hook knows */
+    q->aside_start = data.start;
+    q->aside_end = data.end;
+    q->aside_ooopack = load_u32(tp, OFF_tcp_sock_rcv_ooopack);
+    q->cold |= COLD_ASIDE;
+    return 0;
+  }
+  q->in_order_at_ns = bpf_ktime_get_ns();
+  push(b, q, data.end, 1, data.end - rcv_nxt, q->in_order_at_ns);
+  return 0;
+}
+
+/* The socket was disconnected (tcp_disconnect() threw its queue away) and connected anew. */
+int reconnect(u64 *ctx) {
+  void *sk = (void *)ctx[0];
+  struct books *b = books_of_cpu();
+  struct queue *q = queue_of(sk);
+  void *tp = tcp_sock_of(sk);
+  if (!b || !q || !tp) return 0;
+  if (discard(b, q)) probe_tails.call(ctx, TAIL_RECONNECT);
+  q->base = connection_base(tp, load_u32(tp, OFF_tcp_sock_rcv_nxt));
+  q->last_end = load_u32(tp, OFF_tcp_sock_copied_seq);
+  q->reader = 0;
+  probe_tails.call(ctx, TAIL_PROBE_SLOW);
+  return 0;
+}
+
+/* tcp_rcv_space_adjust: the reader that is known, on a socket with nothing but whole segments in its ring. */
+int adjust(u64 *ctx) {
+  void *sk = (void *)ctx[0];
+  if (port_filtered(sk)) return 0;
+  struct queue *q = queue_of(sk);
+  if (!q) return 0;
+  void *tp = tcp_sock_of(sk);
+  if (!tp) return 0;
+  u32 copied = load_u32(tp, OFF_tcp_sock_copied_seq);
+  if (unlikely(q->cold || after(copied, q->last_end))) {
+    adjust_tails.call(ctx, TAIL_ADJUST_SLOW);
+    return 0;
+  }
+  if (!q->n || after(q->e[q->head & (INLINE - 1)].end, copied)) return 0; /* a peek, or part of a segment */
+  u64 pid_tgid = bpf_get_current_pid_tgid();
+  u32 *epoch = epoch_of(pid_tgid >> 32);
+  if (unlikely(q->reader != READER(pid_tgid) || !epoch || q->epoch != *epoch)) {
+    adjust_tails.call(ctx, TAIL_ADJUST_SLOW);
+    return 0;
+  }
+  int zero = 0;
+  struct books *b = books_of_cpu();
+  struct sink to = {.active = active_histograms(), .table = bounds.lookup(&zero)};
+  to.h = histogram_of(to.active, q->series);
+  if (!b || !to.table || !to.h) return 0;
+  begin_pickup(q);
+  complete_ring(copied, q, &to);
+  end_pickup(b, q, &to);
+  if (notable(q)) adjust_tails.call(ctx, TAIL_EMIT);
+  return 0;
+}
+
+/* Any pickup. */
+int adjust_slow(u64 *ctx) {
+  void *sk = (void *)ctx[0];
+  struct books *b = books_of_cpu();
+  struct queue *q = queue_of(sk);
+  void *tp = tcp_sock_of(sk);
+  int zero = 0;
+  struct sink to = {.active = active_histograms(), .table = bounds.lookup(&zero)};
+  if (!b || !q || !tp || !to.table) return 0;
+  u32 copied = load_u32(tp, OFF_tcp_sock_copied_seq);
+  if (reconcile(b, q, tp, load_u32(tp, OFF_tcp_sock_rcv_nxt))) adjust_tails.call(ctx, TAIL_ADJUST_SLOW);
+  u64 pid_tgid = bpf_get_current_pid_tgid();
+  u32 *epoch = epoch_of(pid_tgid >> 32);
+  if (q->reader != READER(pid_tgid) || !epoch || q->epoch != *epoch) remember_reader(b, sk, q, pid_tgid);
+  to.h = histogram_of(to.active, q->series);
+  if (!to.h) return 0;
+  begin_pickup(q);
+  complete_ring(copied, q, &to);
+  if (q->n) complete_part(&q->e[q->head & (INLINE - 1)], copied, q, &to);
+  else q->cold &= ~COLD_MIXED;
+  if (!q->n && q->spill_head != q->spill_tail) adjust_tails.call(ctx, TAIL_DRAIN);
+  end_pickup(b, q, &to);
+  if (notable(q)) adjust_tails.call(ctx, TAIL_EMIT);
+  return 0;
+}
+
+/* Completes entries of chunks, and goes on as long as whole chunks are done. */
+int drain(u64 *ctx) {
+  void *sk = (void *)ctx[0];
+  struct books *b = books_of_cpu();
+  struct queue *q = queue_of(sk);
+  void *tp = tcp_sock_of(sk);
+  int zero = 0;
+  struct sink to = {.active = active_histograms(), .table = bounds.lookup(&zero)};
+  if (!b || !q || !tp || !to.table) return 0;
+  to.h = histogram_of(to.active, q->series);
+  if (!to.h) return 0;
+  u32 copied = load_u32(tp, OFF_tcp_sock_copied_seq), generation = generation_of(to.active), more = 1;
+  struct firsts *noted = firsts.lookup(&zero);
+  u32 segments = q->segments;
+  if (!noted) return 0;
+  for (u32 round = 0; round < DRAIN_CHUNKS; round++) { KEEP(round);
+    u32 number = q->first_chunk, limit = (q->spill_head | (CHUNK - 1)) + 1;
+    struct chunk *c = chunk_at(number);
+    if (!c) break;
+    if (limit > q->spill_tail) limit = q->spill_tail;
+    for (u32 i = 0; i < CHUNK; i++) { KEEP(i);
+      u32 position = q->spill_head; /* in the map, not in a register: the verifier need not follow it */
+      struct entry *e = &c->e[position & (CHUNK - 1)];
+      u64 unread = (u64)(s64)(s32)(copied - e->end) >> 63;
+      if (is_less(0, limit - position) & ~unread) {
+        complete_in_bulk(e, q, &to, noted, generation);
+        q->spill_head = position + 1;
+      } else break;
+    }
+    if (q->spill_head != limit) { /* copied_seq ends here */
+      complete_part(&c->e[q->spill_head & (CHUNK - 1)], copied, q, &to);
+      more = 0;
+      break;
+    }
+    q->first_chunk = c->next;
+    give_chunk(number);
+    if (limit == q->spill_tail) { /* all read: a healthy reader is back to the ring */
+      q->spill_head = q->spill_tail = more = 0;
+      q->cold &= ~COLD_SPILL;
+      break;
+    }
+  }
+  q->spilled -= q->segments - segments;
+  if (more) adjust_tails.call(ctx, TAIL_DRAIN);
+  end_pickup(b, q, &to);
+  if (notable(q)) adjust_tails.call(ctx, TAIL_EMIT);
+  return 0;
+}
+
+/* What user space should hear of a pickup: its longest wait, if rows are wanted, and the first wait of each bucket. */
+int emit_events(u64 *ctx) {
+  void *sk = (void *)ctx[0];
+  struct books *b = books_of_cpu();
+  struct queue *q = queue_of(sk);
+  int zero = 0;
+  struct bounds *table = bounds.lookup(&zero);
+  struct firsts *f = firsts.lookup(&zero);
+  if (!b || !q || !table || !f) return 0;
+#if ROWS
+  u32 row_bucket = q->longest_ns >= MIN_NS ? bucket_of(table, q->longest_ns) : 256;
+#else
+  u32 row_bucket = 256;
+#endif
+#if EXEMPLARS
+  for (u32 i = 0; i < BUCKETS; i++) { KEEP(i);
+    struct first *first = &f->of_bucket[i & 255];
+    u64 wait_ns = first->wait_ns;
+    u32 kind = q->firsts && first->pickup_ns == q->picked_ns ? KIND_EXEMPLAR : 0;
+    if (i == row_bucket) {
+      kind |= KIND_ROW;
+      wait_ns = q->longest_ns;
+    }
+    if (kind) emit(b, sk, q, i, wait_ns, first->generation, kind);
+  }
+#else
+  if (row_bucket < 256) emit(b, sk, q, row_bucket, q->longest_ns, 0, KIND_ROW);
+#endif
+  return 0;
+}
+
+/* tcp_destroy_sock: what was not read by now never will be. */
+int destroy(u64 *ctx) {
+  void *sk = (void *)ctx[0];
+  struct books *b = books_of_cpu();
+  struct queue *q = queue_of(sk);
+  if (!b || !q) return 0;
+  if (discard(b, q)) destroy_tails.call(ctx, TAIL_DISCARD);
+  ADD(b->sockets_closed, 1);
+  forget_queue(sk);
+  return 0;
+}
+
+int process_exec(u64 *ctx) { /* (task, old_pid, bprm), after begin_new_exec() has counted self_exec_id up */
+  void *task = (void *)ctx[0];
+  struct process_key process = process_of(task, copy_u32(task, OFF_task_struct_tgid));
+  process.exec_id--;
+  process_gone(process);
+  return 0;
+}
+
+int process_exit(u64 *ctx) { /* (task), for each thread, after do_exit() has counted signal->live down */
+  void *task = (void *)ctx[0];
+  if (copy_u32(copy_pointer(task, OFF_task_struct_signal), OFF_signal_struct_live)) return 0;
+  process_gone(process_of(task, copy_u32(task, OFF_task_struct_tgid)));
+  return 0;
+}

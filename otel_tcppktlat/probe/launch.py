@@ -1,0 +1,99 @@
+"""Starts the loader process and receives what it leaves: descriptors of maps, programs and links."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import ProbeError
+
+DISTRIBUTION_PYTHON = "/usr/bin/python3"  # where the distribution's bcc lives
+_PACKAGE_PARENT = pathlib.Path(__file__).resolve().parents[2]
+# Appended, not prepended: the interpreter's own packages go first, bcc among them.
+_START = "import sys; sys.path.append(sys.argv.pop(1)); from otel_tcppktlat.probe.loader.__main__ import main; main()"
+_MAX_DESCRIPTORS = 64
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What the loader left. Names are map:NAME, program:NAME and link:NAME."""
+
+    flavour: str
+    offsets: str
+    seconds: dict[str, float]
+    descriptors: dict[str, int]
+
+
+def bpf_folder() -> pathlib.Path:
+    """Where the BPF programs are: inside the installed package, or beside it in a checkout."""
+    for folder in (pathlib.Path(__file__).parents[1] / "bpf", _PACKAGE_PARENT / "bpf"):
+        if (folder / "maps.h").exists():
+            return folder
+    raise ProbeError("the BPF programs are missing from this installation: install otel-tcppktlat again")
+
+
+class Loader:
+    """One loader process, running beside the caller until `finish`."""
+
+    def __init__(self, request: dict[str, Any], pythons: tuple[str, ...] = ()) -> None:
+        """Starts it. `pythons`: interpreters to try in turn, the first that has bcc wins (default: the distribution's, ours)."""
+        self._request = {"bpf": str(bpf_folder()), **request}
+        candidates = pythons or (DISTRIBUTION_PYTHON, sys.executable)
+        self._pythons = [python for python in dict.fromkeys(candidates) if os.access(python, os.X_OK)]
+        if not self._pythons:
+            raise ProbeError(f"there is no Python to run the loader with: install {DISTRIBUTION_PYTHON} and python3-bpfcc")
+        self._start()
+
+    def _start(self) -> None:
+        self._channel, theirs = socket.socketpair()
+        with theirs:
+            self._child = subprocess.Popen(
+                [self._pythons.pop(0), "-I", "-c", _START, str(_PACKAGE_PARENT), str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+            )
+        self._channel.sendall(json.dumps(self._request).encode() + b"\n")
+
+    def _receive(self) -> tuple[dict[str, Any], list[int], str]:
+        text, descriptors = b"", []
+        while not text.endswith(b"\n"):
+            data, fds, _flags, _address = socket.recv_fds(self._channel, 65536, _MAX_DESCRIPTORS)
+            text, descriptors = text + data, descriptors + list(fds)
+            if not data:
+                break
+        self._channel.close()
+        _, stderr = self._child.communicate()
+        answer = json.loads(text) if text else {"error": f"the loader ended without an answer (status {self._child.returncode})"}
+        return answer, descriptors, stderr.decode(errors="replace")
+
+    def finish(self) -> Loaded:
+        """Waits for the loader to end. Raises ProbeError with its reason."""
+        while True:
+            answer, descriptors, stderr = self._receive()
+            if "error" not in answer:
+                break
+            if answer.get("missing") == "bcc" and self._pythons:
+                self._start()
+                continue
+            details = stderr.strip()
+            raise ProbeError(answer["error"].strip() + (f"\n{details}" if details and answer.get("details") else ""))
+        return Loaded(
+            flavour=answer["flavour"],
+            offsets=answer["offsets"],
+            seconds=answer["seconds"],
+            descriptors=dict(zip(answer["descriptors"], descriptors, strict=True)),
+        )
+
+    def cancel(self) -> None:
+        """Ends a loader that nobody waits for."""
+        self._child.kill()
+        self._child.wait()
+        self._channel.close()

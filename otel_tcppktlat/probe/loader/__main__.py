@@ -1,0 +1,182 @@
+"""Entry point of the loader process: one request over a socket, one answer with descriptors, and out.
+
+The request is JSON: {"bpf": folder, "flavour": "auto"|"typed"|"raw", "defines": {name: number or null},
+"bounds_ns": [...], "limits": {"series": n, "chunks": n}}. The answer is JSON, too, with the descriptors as ancillary
+data: {"flavour", "offsets", "descriptors": [name...], "seconds": {...}} or {"error": line}.
+"""
+
+from __future__ import annotations
+
+import ctypes as ct
+import json
+import os
+import pathlib
+import socket
+import struct
+import sys
+import tempfile
+import time
+from typing import Any, Optional
+
+from .btf import Btf, MissingField, as_flags, offsets_from_btf, offsets_from_headers
+from .program import LoadError, Programs, read_source
+from .shim import write_tree
+
+MAPS = (
+    "books", "processes", "series", "free_series", "identities", "histograms_even", "histograms_odd", "histograms",
+    "free_chunks", "chunks", "epochs",
+    "probe_tails", "adjust_tails", "destroy_tails",  # the kernel empties a table whose last descriptor is closed
+)  # fmt: skip
+MAP_TYPE_RINGBUF = 27
+BOUNDS = 256  # struct bounds
+NEVER_NS = 2**63 - 1
+
+
+class Refusal(Exception):
+    """What the user has to hear, in one line."""
+
+
+def _import_bcc() -> Any:
+    try:
+        import bcc
+    except ImportError:
+        bcc = None
+    if bcc is None or not hasattr(bcc, "BPF"):  # PyPI's bcc is another project
+        raise Refusal("bcc is missing: install your distribution's package (python3-bpfcc on Debian and Ubuntu, python3-bcc on Fedora and RHEL)")
+    return bcc
+
+
+def _load_libbpf() -> ct.CDLL:
+    try:
+        return ct.CDLL("libbpf.so.1", use_errno=True)
+    except OSError:
+        raise Refusal("libbpf.so.1 is missing: install your distribution's package (libbpf1 on Debian and Ubuntu)") from None
+
+
+def _open_btf(libbpf: ct.CDLL) -> Optional[Btf]:
+    try:
+        return Btf(libbpf)
+    except OSError:
+        return None
+
+
+def _kernel_version() -> tuple[int, int]:
+    major, minor = os.uname().release.split(".")[:2]
+    return int(major), int("".join(c for c in minor if c.isdigit()))
+
+
+def _choose_flavour(asked: str, btf: Optional[Btf]) -> str:
+    """`typed` needs BTF and socket storage in tracing programs, which came with 5.11."""
+    possible = btf is not None and _kernel_version() >= (5, 11)
+    if asked == "typed" and not possible:
+        raise Refusal("this kernel cannot have --flavour typed: it takes BTF (/sys/kernel/btf/vmlinux) and Linux 5.11; use --flavour raw")
+    return asked if asked != "auto" else ("typed" if possible else "raw")
+
+
+def _headers_installed() -> bool:
+    build = f"/lib/modules/{os.uname().release}/build"
+    return os.path.exists(f"{build}/include/linux") or os.path.exists(f"/lib/modules/{os.uname().release}/source/include/linux")
+
+
+def _create_ring_buffer(libbpf: ct.CDLL, size_bytes: int) -> int:
+    libbpf.bpf_map_create.argtypes = [ct.c_int, ct.c_char_p, ct.c_uint32, ct.c_uint32, ct.c_uint32, ct.c_void_p]
+    fd = int(libbpf.bpf_map_create(MAP_TYPE_RINGBUF, b"events", 0, 0, size_bytes, None))
+    if fd < 0:
+        raise LoadError(f"cannot make the ring buffer: {os.strerror(-fd)}")
+    return fd
+
+
+def _fill(libbpf: ct.CDLL, fd: int, key: Optional[bytes], value: bytes) -> None:
+    result = libbpf.bpf_map_update_elem(fd, key, value, ct.c_uint64(0))
+    if result < 0:
+        raise LoadError(f"cannot fill a map: {os.strerror(-result)}")
+
+
+def load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
+    """Does what the request asks; raises Refusal or LoadError."""
+    began = time.monotonic()
+    libbpf = _load_libbpf()
+    if os.geteuid() != 0 and not _has_bpf_capabilities():
+        raise Refusal("loading eBPF programs needs root, or CAP_BPF and CAP_PERFMON: run it with sudo")
+    bcc = _import_bcc()
+    imported = time.monotonic()
+    btf = _open_btf(libbpf)
+    flavour = _choose_flavour(request["flavour"], btf)
+
+    def compile_with_headers(text: str, flags: list[str]) -> Any:
+        return bcc.BPF(text=text, cflags=flags)
+
+    try:
+        if btf:
+            source, offsets = "BTF", offsets_from_btf(btf)
+        elif _headers_installed():
+            source, offsets = "kernel headers", offsets_from_headers(compile_with_headers)
+        else:
+            raise Refusal(
+                "this kernel has neither BTF (/sys/kernel/btf/vmlinux) nor headers "
+                f"(/lib/modules/{os.uname().release}/build): install linux-headers-{os.uname().release}"
+            )
+    except MissingField as missing:
+        raise Refusal(f"this kernel lacks {missing}, which otel-tcppktlat reads: please report it with your kernel's version") from None
+    flags = [f"-D{name}" if value is None else f"-D{name}={value}" for name, value in request["defines"].items()]
+    flags += [f"-DTYPED={int(flavour == 'typed')}", *as_flags(offsets)]
+    events_fd = _create_ring_buffer(libbpf, request["defines"]["RING_BYTES"])
+    flags.append(f"-DEVENTS_FD={events_fd}")
+    text = read_source(pathlib.Path(request["bpf"]))
+    with tempfile.TemporaryDirectory(prefix="otel-tcppktlat-") as tree:
+        write_tree(pathlib.Path(tree))
+        os.environ["BCC_KERNEL_SOURCE"] = tree
+        try:
+            bpf = bcc.BPF(text=text, cflags=flags)
+        except Exception as error:  # bcc raises a bare Exception
+            raise LoadError(f"bcc could not compile the programs or make their maps: {error}") from error
+    compiled = time.monotonic()
+    maps = {"events": events_fd, **{name: int(bpf[name].map_fd) for name in MAPS}}
+    programs = Programs(bpf, bcc.BPF.RAW_TRACEPOINT, libbpf, btf if flavour == "typed" else None)
+    programs.load()
+    bounds_ns = request["bounds_ns"] + [NEVER_NS] * (BOUNDS - len(request["bounds_ns"]))
+    libbpf.bpf_map_update_elem.argtypes = [ct.c_int, ct.c_char_p, ct.c_char_p, ct.c_uint64]
+    _fill(libbpf, bpf["bounds"].map_fd, bytes(4), struct.pack(f"<{BOUNDS}Q", *bounds_ns))
+    _fill(libbpf, maps["histograms"], bytes(4), struct.pack("<I", maps["histograms_even"]))
+    for number in range(request["first_series"], request["limits"]["series"]):
+        _fill(libbpf, maps["free_series"], None, struct.pack("<I", number))
+    for number in range(request["limits"]["chunks"]):
+        _fill(libbpf, maps["free_chunks"], None, struct.pack("<I", number))
+    links = programs.attach()
+    attached = time.monotonic()
+    descriptors = {
+        **{f"map:{name}": fd for name, fd in maps.items()},
+        **{f"program:{name}": fd for name, fd in programs.descriptors.items()},
+        **{f"link:{name}": fd for name, fd in links.items()},
+    }
+    answer = {
+        "flavour": flavour,
+        "offsets": source,
+        "descriptors": list(descriptors),
+        "seconds": {"import": imported - began, "compile": compiled - imported, "load": attached - compiled},
+    }
+    return answer, list(descriptors.values())
+
+
+def _has_bpf_capabilities() -> bool:
+    cap_perfmon, cap_bpf = 38, 39
+    with open("/proc/self/status") as status:
+        effective = next(int(line.split()[1], 16) for line in status if line.startswith("CapEff"))
+    return bool(effective >> cap_bpf & 1 and effective >> cap_perfmon & 1)
+
+
+def main() -> None:
+    """Serves the one request of the socket whose descriptor is the first argument."""
+    channel = socket.socket(fileno=int(sys.argv[1]))
+    with channel, channel.makefile("r") as lines:
+        request = json.loads(lines.readline())
+        try:
+            answer, descriptors = load(request)
+        except (Refusal, LoadError) as error:
+            answer, descriptors = {"error": str(error)}, []
+        socket.send_fds(channel, [json.dumps(answer).encode() + b"\n"], descriptors)
+    os._exit(0)  # nothing of LLVM is worth an orderly end
+
+
+if __name__ == "__main__":
+    main()
