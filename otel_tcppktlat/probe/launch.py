@@ -94,6 +94,7 @@ class Loader:
 
     def cancel(self) -> None:
         """Ends a loader that nobody waits for."""
-        self._child.kill()
-        self._child.wait()
+        if self._child.poll() is None:
+            self._child.kill()
+            self._child.communicate()
         self._channel.close()

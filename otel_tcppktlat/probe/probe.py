@@ -276,6 +276,10 @@ class Probe:
         for key in gone:
             self._processes.delete(key)
 
+    def cancel(self) -> None:
+        """Ends the loader, if it still runs."""
+        self._loader.cancel()
+
     def close(self) -> None:
         """Detaches: the programs go with their last descriptor."""
         self._ring.close()

@@ -1,0 +1,5 @@
+"""`python -m otel_tcppktlat`."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,129 @@
+"""The agent: starts the probe, gives up its privileges, and runs until it is told to stop."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pwd
+import select
+import signal
+import sys
+import time
+from collections.abc import Callable
+
+from . import privileges
+from .probe.errors import ProbeError
+from .probe.launch import Loaded
+from .probe.layout import Event
+from .probe.probe import Probe, ProbeOptions
+from .settings import Settings, SettingsError
+from .table import Table
+
+TABLE_POLL_S = 0.1
+POLL_S = 1.0
+LONGEST_INTERVAL_S = 60.0  # the kernel's counts of an interval have 32 bits
+SHUTDOWN_S = 4.0
+
+_log = logging.getLogger(__name__)
+
+
+def _kernel_series(limit: int) -> int:
+    """Series that the kernel's map holds: more than the attribute sets, as several may become one."""
+    return max(2048, (limit // 1024 + 1) * 1024)
+
+
+def _probe_options(settings: Settings) -> ProbeOptions:
+    return ProbeOptions(
+        bounds_ns=settings.buckets.bounds_ns,
+        flavour=settings.flavour,
+        pid=settings.pid,
+        tid=settings.tid,
+        lport=settings.lport,
+        rport=settings.rport,
+        min_us=settings.min_us,
+        rows=settings.table or settings.min_us is not None,
+        exemplars=settings.export,
+        key_address="server.address" in settings.attributes,
+        own_tgid=os.getpid(),
+        max_series=_kernel_series(settings.series_limit),
+    )
+
+
+class _StopSignals:
+    """SIGTERM and SIGINT as a descriptor that becomes readable."""
+
+    def __init__(self) -> None:
+        self.fd, write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda _number, _frame: None)
+
+
+def run(settings: Settings) -> None:
+    """Runs until SIGTERM or SIGINT. Raises ProbeError, SettingsError or OSError, none of which needs a traceback."""
+    account = _account(settings.user)
+    table = Table(sys.stdout, settings.timestamp, settings.wide) if settings.table else None
+    listeners: list[Callable[[Event], None]] = [table.row] if table else []
+
+    def on_row(event: Event) -> None:
+        for listener in listeners:
+            listener(event)
+
+    stop = _StopSignals()
+    probe = Probe(_probe_options(settings), on_row)
+    try:
+        privileges.no_new_privileges()
+        pipeline = None
+        if settings.export:
+            from .telemetry.pipeline import Pipeline  # while the compiler works
+
+            if os.geteuid() == 0:  # the files are root's to read, and setresuid() reaches every thread
+                pipeline = Pipeline(settings)
+        loaded = probe.open()
+    except BaseException:
+        probe.cancel()
+        raise
+    kept_cap_bpf = privileges.drop(account)
+    if settings.export:
+        if pipeline is None:
+            pipeline = Pipeline(settings)
+        pipeline.start(probe)
+        if settings.min_us is not None:
+            listeners.append(pipeline.on_row)
+    _describe(loaded, kept_cap_bpf)
+    if table:
+        table.header()
+    swept_s = time.monotonic()
+    try:
+        while not select.select([stop.fd, probe.epoll_fd()], [], [], TABLE_POLL_S if table else POLL_S)[0].count(stop.fd):
+            now_s = time.monotonic()
+            probe.poll()
+            if table:
+                table.flush(now_s)
+            if now_s - swept_s >= POLL_S and (probe.gone() or now_s - swept_s >= LONGEST_INTERVAL_S):
+                swept_s = now_s
+                pipeline.collector.sweep() if pipeline else probe.harvest()
+        probe.poll()
+        if table:
+            sys.stdout.flush()
+    finally:
+        if pipeline:
+            pipeline.shutdown(SHUTDOWN_S)
+
+
+def _account(user: str) -> pwd.struct_passwd:
+    try:
+        return privileges.account(user)
+    except LookupError as error:
+        raise SettingsError(f"--user: {error}") from None
+
+
+def _describe(loaded: Loaded, kept_cap_bpf: bool) -> None:
+    seconds = ", ".join(f"{name} {spent:.2f} s" for name, spent in loaded.seconds.items())
+    _log.debug("flavour %s, offsets from %s; %s", loaded.flavour, loaded.offsets, seconds)
+    _log.debug("maps, programs, links: %s", ", ".join(loaded.descriptors))
+    _log.debug("running as uid %d with %s", os.getuid(), "CAP_BPF alone" if kept_cap_bpf else "no capability")
+    _log.info("attached")
+
+
+__all__ = ["ProbeError", "run"]

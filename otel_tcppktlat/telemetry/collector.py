@@ -1,0 +1,262 @@
+"""Collects an interval from the kernel and turns it into batches of metrics, each to be acknowledged on its own."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from opentelemetry.sdk.metrics import Exemplar
+from opentelemetry.sdk.metrics.export import AggregationTemporality, Metric, ScopeMetrics, Sum
+from opentelemetry.sdk.util.instrumentation import InstrumentationScope
+
+from .. import __version__
+from ..buckets import Buckets
+from ..events import exemplar_attributes
+from ..probe.layout import OVERFLOW_SERIES, Event
+from ..probe.probe import Harvest, Probe
+from ..series import AttributeSet, SeriesTotals
+from .points import CUMULATIVE, DELTA, Acknowledged, histogram_data, histogram_point, number_point
+from .spans import Candidate, SpanBudget, SpanIds
+
+SCOPE = "otel_tcppktlat"
+SCHEMA_URL = "https://opentelemetry.io/schemas/1.44.0"
+DURATION = "tcppktlat.receive_queue.duration"
+BATCH_POINTS = 1000  # keeps a request well below the 4 MiB that gRPC servers take
+
+OUTCOMES: Mapping[str, Mapping[str, str]] = {  # counter in the books: attributes of its point
+    "observed": {"tcppktlat.outcome": "observed"},
+    "duplicate": {"tcppktlat.outcome": "duplicate"},
+    "dropped": {"tcppktlat.outcome": "dropped"},
+    "unread": {"tcppktlat.outcome": "unread"},
+    "own": {"tcppktlat.outcome": "own"},
+    "filtered": {"tcppktlat.outcome": "filtered"},
+    "untracked_socket": {"tcppktlat.outcome": "untracked", "tcppktlat.reason": "sockets_full"},
+    "untracked_pool": {"tcppktlat.outcome": "untracked", "tcppktlat.reason": "pool_empty"},
+    "untracked_mptcp": {"tcppktlat.outcome": "untracked", "tcppktlat.reason": "mptcp_subflow"},
+}
+
+
+@dataclass(frozen=True)
+class Temporality:
+    """What the exporter prefers for each kind of instrument."""
+
+    histogram: AggregationTemporality = CUMULATIVE
+    counter: AggregationTemporality = CUMULATIVE
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Metrics for one request, and what to call once a receiver has them."""
+
+    scope_metrics: ScopeMetrics
+    acknowledge: Callable[[], None]
+
+
+@dataclass(frozen=True)
+class _Number:
+    """One number of the books."""
+
+    metric: str
+    unit: str
+    description: str
+    attributes: AttributeSet
+    value: int
+    monotonic: bool = True
+
+    @property
+    def key(self) -> tuple[str, AttributeSet]:
+        return self.metric, self.attributes
+
+
+def queued_segments(books: Mapping[str, int]) -> int:
+    """Segments that were received and have no outcome yet; never below 0, though CPUs are read one after the other."""
+    return max(0, books["received"] - sum(books[outcome] for outcome in OUTCOMES))
+
+
+class Collector:
+    """Totals since the start, and the way from an interval to batches."""
+
+    def __init__(
+        self,
+        probe: Probe,
+        buckets: Buckets,
+        totals: SeriesTotals,
+        spans: SpanBudget,
+        temporality: Temporality,
+        reader_filtered: bool = False,
+    ) -> None:
+        """`reader_filtered`: whether -p or -t is on, so that the outcome `filtered` exists."""
+        self._probe, self._buckets, self._totals, self._spans = probe, buckets, totals, spans
+        self._temporality, self._reader_filtered = temporality, reader_filtered
+        self._lock = threading.Lock()
+        self._started_unix_ns = self._collected_unix_ns = time.time_ns()
+        self._nothing = Acknowledged((0,) * totals.buckets, 0, self._started_unix_ns)
+        self._acknowledged: dict[AttributeSet, Acknowledged] = {}
+        self._acknowledged_numbers: dict[tuple[str, AttributeSet], tuple[int, int]] = {}
+        self._slowest: dict[tuple[AttributeSet, int], Event] = {}
+        self._exemplars: dict[AttributeSet, dict[int, Exemplar]] = {}
+        self.last_duration_s = 0.0
+        self._on_collected: Callable[[], None] = lambda: None
+
+    def on_collected(self, callback: Callable[[], None]) -> None:
+        """Has `callback` called after each collection, when its spans are made."""
+        self._on_collected = callback
+
+    def sweep(self) -> None:
+        """Takes what processes that are gone have left, so that the kernel can forget them."""
+        with self._lock:
+            self._absorb(self._probe.harvest())
+
+    def _absorb(self, harvest: Harvest) -> int:
+        """Adds a harvest to the totals; returns when it ended, CLOCK_MONOTONIC."""
+        for delta in harvest.deltas:
+            self._totals.add(delta)
+        for series, event in harvest.exemplars:
+            if series is None and event.series != OVERFLOW_SERIES:
+                continue
+            place = self._totals.set_of(series), int(event.bucket)
+            known = self._slowest.get(place)
+            if known is None or known.wait_ns < event.wait_ns:
+                self._slowest[place] = event
+        return harvest.ended_ns
+
+    def collect(self) -> list[Batch]:
+        """Ends the interval: makes its spans, and returns its metrics. At least one batch."""
+        with self._lock:
+            began_s = time.monotonic()
+            ended_ns = self._absorb(self._probe.harvest())
+            unix_offset_ns = time.time_ns() - time.monotonic_ns()
+            unix_ns = ended_ns + unix_offset_ns
+            self._make_exemplars(unix_ns, unix_offset_ns)
+            batches = [self._numbers_batch(unix_ns), *self._histogram_batches(unix_ns)]
+            self._collected_unix_ns = unix_ns
+            self.last_duration_s = time.monotonic() - began_s
+        self._on_collected()
+        return batches
+
+    def _make_exemplars(self, unix_ns: int, unix_offset_ns: int) -> None:
+        chosen = {place: Candidate(event, place[0]) for place, event in self._slowest.items()}
+        rows = [Candidate(event, ()) for event in self._spans.take_rows()]
+        elapsed_s = (unix_ns - self._collected_unix_ns) / 1e9
+        # An exemplar's candidate last: where a pickup is a row too, the span gets the metric's attributes.
+        made = self._spans.make_spans([*rows, *chosen.values()], elapsed_s, unix_offset_ns)
+        for (attributes, bucket), candidate in chosen.items():
+            exemplar = self._exemplar(candidate, made.get(candidate.key), unix_offset_ns)
+            self._exemplars.setdefault(attributes, {})[bucket] = exemplar
+        self._slowest.clear()
+
+    def _exemplar(self, candidate: Candidate, ids: SpanIds | None, unix_offset_ns: int) -> Exemplar:
+        event = candidate.event
+        return Exemplar(
+            filtered_attributes=exemplar_attributes(event, candidate.attributes),
+            value=event.wait_ns / 1e9,
+            time_unix_nano=max(event.picked_ns + unix_offset_ns, self._collected_unix_ns),
+            span_id=ids.span_id if ids else None,
+            trace_id=ids.trace_id if ids else None,
+        )
+
+    def _scope(self, metrics: list[Metric]) -> ScopeMetrics:
+        return ScopeMetrics(InstrumentationScope(SCOPE, __version__, SCHEMA_URL), metrics, SCHEMA_URL)
+
+    def _histogram_batches(self, unix_ns: int) -> Iterable[Batch]:
+        delta = self._temporality.histogram == DELTA
+        wanted = [
+            (attributes, total, tuple(total.counts))
+            for attributes, total in self._totals.totals.items()
+            if not delta or tuple(total.counts) != self._acknowledged.get(attributes, self._nothing).counts
+        ]
+        for start in range(0, len(wanted), BATCH_POINTS):
+            part = wanted[start : start + BATCH_POINTS]
+            points = [
+                histogram_point(
+                    self._buckets,
+                    attributes,
+                    total,
+                    self._acknowledged.get(attributes, self._nothing) if delta else self._nothing,
+                    unix_ns,
+                    list(self._exemplars.get(attributes, {}).values()),
+                )
+                for attributes, total, _ in part
+            ]
+            metric = Metric(
+                DURATION,
+                "Time that received TCP segments waited in the receive queue until a thread had read them.",
+                "s",
+                histogram_data(self._buckets, points, self._temporality.histogram),
+            )
+            taken = {attributes: Acknowledged(counts, total.sum_ns, unix_ns) for attributes, total, counts in part}
+            yield Batch(self._scope([metric]), self._acknowledger(taken))
+
+    def _acknowledger(self, taken: Mapping[AttributeSet, Acknowledged]) -> Callable[[], None]:
+        def acknowledge() -> None:
+            with self._lock:
+                self._acknowledged.update(taken)
+                for attributes in taken:
+                    self._exemplars.pop(attributes, None)
+
+        return acknowledge
+
+    def _numbers(self) -> list[_Number]:
+        books, statistics = self._probe.books(), self._probe.statistics()
+        numbers = [
+            _Number("tcppktlat.segments.received", "{segment}", "TCP segments with data that reached a socket.", (),
+                    books["received"]),
+            *(
+                _Number("tcppktlat.segments.settled", "{segment}", "Received segments by what became of them.",
+                        tuple(attributes.items()), books[outcome])
+                for outcome, attributes in OUTCOMES.items()
+                if outcome != "filtered" or self._reader_filtered
+            ),
+            _Number("tcppktlat.segments.queued", "{segment}", "Received segments that nobody has read yet.", (),
+                    queued_segments(books), monotonic=False),
+            _Number("tcppktlat.segments.merged", "{segment}",
+                    "Segments whose wait is rounded up, because the pool of entries was empty.", (), books["merged"]),
+            _Number("tcppktlat.bytes.undescribed", "By", "Bytes that were read, but whose arrival no probe saw.", (),
+                    books["undescribed_bytes"]),
+            _Number("tcppktlat.events.lost", "{event}", "Events that found the ring buffer full.", (),
+                    books["events_lost"]),
+            _Number("tcppktlat.spans.suppressed", "{span}", "Spans not made, because the budget was spent.", (),
+                    self._spans.suppressed),
+            *(
+                _Number("tcppktlat.bpf.runs.skipped", "{run}",
+                        "Runs that the kernel skipped, because the program would have interrupted itself.",
+                        (("tcppktlat.bpf.program", name),), skipped)
+                for name, (_, _, skipped) in statistics.items()
+            ),
+            *(
+                _Number("tcppktlat.bpf.run.time", "ns",
+                        "Time spent in a program; counted while kernel.bpf_stats_enabled is 1.",
+                        (("tcppktlat.bpf.program", name),), run_ns)
+                for name, (run_ns, runs, _) in statistics.items()
+                if runs
+            ),
+        ]  # fmt: skip
+        return numbers
+
+    def _numbers_batch(self, unix_ns: int) -> Batch:
+        numbers = self._numbers()
+        by_metric: dict[str, list[_Number]] = {}
+        for number in numbers:
+            by_metric.setdefault(number.metric, []).append(number)
+        metrics = [self._number_metric(group, unix_ns) for group in by_metric.values()]
+        taken = {number.key: (number.value, unix_ns) for number in numbers}
+
+        def acknowledge() -> None:
+            with self._lock:
+                self._acknowledged_numbers.update(taken)
+
+        return Batch(self._scope(metrics), acknowledge)
+
+    def _number_metric(self, group: Sequence[_Number], unix_ns: int) -> Metric:
+        first = group[0]
+        temporality = self._temporality.counter if first.monotonic else CUMULATIVE
+        points = []
+        for number in group:
+            value, since_unix_ns = (0, self._started_unix_ns)
+            if temporality == DELTA:
+                value, since_unix_ns = self._acknowledged_numbers.get(number.key, (value, since_unix_ns))
+            points.append(number_point(number.attributes, number.value - value, since_unix_ns, unix_ns))
+        data = Sum(points, temporality, first.monotonic)
+        return Metric(first.metric, first.description, first.unit, data)

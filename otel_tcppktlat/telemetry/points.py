@@ -1,0 +1,82 @@
+"""Cumulative totals as OpenTelemetry data points, and what the exporter has acknowledged of them.
+
+Delta points are the difference to the last acknowledged total, so that a failed export is made good by the next one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from opentelemetry.sdk.metrics import Exemplar
+from opentelemetry.sdk.metrics.export import (
+    AggregationTemporality,
+    ExponentialHistogram,
+    ExponentialHistogramDataPoint,
+    Histogram,
+    HistogramDataPoint,
+    NumberDataPoint,
+)
+from opentelemetry.sdk.metrics.export import Buckets as ExponentialCounts
+
+from ..buckets import FIRST_EXPONENT, SCALE, Buckets
+from ..series import AttributeSet, Totals
+
+DELTA, CUMULATIVE = AggregationTemporality.DELTA, AggregationTemporality.CUMULATIVE
+
+
+@dataclass(frozen=True)
+class Acknowledged:
+    """The totals that a receiver has, and when they were taken."""
+
+    counts: tuple[int, ...]
+    sum_ns: int
+    unix_ns: int
+
+
+def histogram_point(
+    buckets: Buckets,
+    attributes: AttributeSet,
+    total: Totals,
+    since: Acknowledged,
+    unix_ns: int,
+    exemplars: Sequence[Exemplar],
+) -> HistogramDataPoint | ExponentialHistogramDataPoint:
+    """The growth since `since` as a point; min and max are left out, as the kernel keeps none."""
+    counts = [now - then for now, then in zip(total.counts, since.counts, strict=True)]
+    common = {
+        "attributes": dict(attributes),
+        "start_time_unix_nano": since.unix_ns,
+        "time_unix_nano": unix_ns,
+        "count": sum(counts),
+        "sum": (total.sum_ns - since.sum_ns) / 1e9,
+        "min": None,
+        "max": None,
+        "exemplars": list(exemplars),
+    }
+    if buckets.bounds_s is not None:
+        return HistogramDataPoint(bucket_counts=counts, explicit_bounds=list(buckets.bounds_s), **common)
+    used = [index for index, count in enumerate(counts) if count]
+    first, last = (used[0], used[-1]) if used else (0, -1)
+    return ExponentialHistogramDataPoint(
+        scale=SCALE,
+        zero_count=0,
+        # Bucket b of the kernel ends at exponent FIRST_EXPONENT + b, which is OpenTelemetry's index of it plus one.
+        positive=ExponentialCounts(offset=FIRST_EXPONENT - 1 + first, bucket_counts=counts[first : last + 1]),
+        negative=ExponentialCounts(offset=0, bucket_counts=[]),
+        flags=0,
+        **common,
+    )
+
+
+def histogram_data(
+    buckets: Buckets, points: Sequence[HistogramDataPoint | ExponentialHistogramDataPoint], temporality: AggregationTemporality
+) -> Histogram | ExponentialHistogram:
+    """The points as a metric's data."""
+    kind = Histogram if buckets.bounds_s is not None else ExponentialHistogram
+    return kind(data_points=list(points), aggregation_temporality=temporality)
+
+
+def number_point(attributes: AttributeSet, value: int, since_unix_ns: int, unix_ns: int) -> NumberDataPoint:
+    """A number as a point."""
+    return NumberDataPoint(dict(attributes), since_unix_ns, unix_ns, value)
