@@ -16,7 +16,7 @@ class Books(ct.Structure):
     _fields_ = [
         (name, ct.c_uint64)
         for name in (
-            "received", "admitted", "observed", "own", "filtered", "duplicate", "dropped", "unread",
+            "received", "observed", "own", "filtered", "duplicate", "dropped", "unread",
             "untracked_socket", "untracked_pool", "untracked_mptcp", "merged", "undescribed_bytes", "events_lost",
             "sockets_opened", "sockets_closed", "processes_gone", "series_overflowed",
         )

@@ -18,6 +18,10 @@ TCP are through with the segment when `send` returns, there is no GRO, and the A
 compressed by TCP, is ready to be read. There is one exception: while another thread is inside a system call that has
 locked the socket (recv, mostly), the segment waits in the socket's backlog until that call unlocks it. TCP counts it
 (`tcp_info_data_segs_in`) before that; `Conversation.settle` waits for it.
+
+The kernel drops what lies wholly beyond its window (it keeps a segment that merely sticks out), and, without a reader,
+its window is full after some 64 KiB: `window`, `send_many(..., within_window=True)`. Small segments cost it far more
+memory than their payload, so it also collapses its queues, or drops segments out of order, inside the window.
 """
 
 from __future__ import annotations
@@ -429,6 +433,8 @@ class Conversation:
         with contextlib.suppress(AttributeError, OSError):
             if self.socket.fileno() >= 0:
                 self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                with contextlib.suppress(OSError):
+                    self.socket.shutdown(socket.SHUT_RDWR)  # ends other threads' recv(), which would keep it open
                 self.socket.close()
         if self._irs is not None and not self.reset:
             with contextlib.suppress(OSError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import socket
@@ -202,7 +203,7 @@ def test_backlog_of_a_reader_in_another_thread(peer: TunPeer) -> None:
     assert data == expected(0, 500_000)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["ipv4", "ipv6"])
 def test_100k_segments(peer: TunPeer, family: Family) -> None:
     conversation = peer.accept(family, isn=0xFFFFFFFF - 1_000_000)
     total = 0
@@ -224,7 +225,7 @@ def test_100k_segments(peer: TunPeer, family: Family) -> None:
     reader.join(5)
     assert total == 10_000_000
     print(f"100,000 segments: {duration:.2f} s")
-    assert duration < 20
+    assert duration < 100  # 2 s, but 40 s on emulated processors
 
 
 def test_send_many_with_offsets(peer: TunPeer) -> None:
@@ -249,6 +250,21 @@ def test_nothing_remains() -> None:
             _ = 1 / 0
     assert (os.listdir("/proc/self/fd"), os.readlink("/proc/thread-self/ns/net"), threading.active_count()) == before
     assert all(sock.fileno() == -1 for sock in sockets)
+
+
+def test_a_blocked_reader_is_ended() -> None:
+    with TunPeer() as peer:
+        sock = peer.accept().socket
+
+        def read() -> None:
+            with contextlib.suppress(ConnectionResetError):
+                sock.recv(1)
+
+        reader = threading.Thread(target=read, daemon=True)
+        reader.start()
+        time.sleep(0.05)
+    reader.join(5)
+    assert not reader.is_alive()
 
 
 def test_sysctl_and_two_on_one_port(peer: TunPeer) -> None:
