@@ -54,7 +54,6 @@ int probe(u64 *ctx) {
   e->length = data.end - data.start;
   q->last_end = data.end;
   q->n++;
-  ADD(b->admitted, 1);
   return 0;
 }
 
@@ -89,7 +88,6 @@ int probe_slow(u64 *ctx) {
     ADD(b->duplicate, 1);
     return 0;
   }
-  ADD(b->admitted, 1);
   if (after(data.start, rcv_nxt)) { /* behind a gap, if the stack takes it: the next hook knows */
     q->aside_start = data.start;
     q->aside_end = data.end;
