@@ -95,7 +95,9 @@ def run(settings: Settings) -> None:
         table.header()
     swept_s = time.monotonic()
     try:
-        while not select.select([stop.fd, probe.epoll_fd()], [], [], TABLE_POLL_S if table else POLL_S)[0].count(stop.fd):
+        while not select.select([stop.fd, probe.epoll_fd()], [], [], TABLE_POLL_S if table else POLL_S)[0].count(
+            stop.fd
+        ):
             now_s = time.monotonic()
             probe.poll()
             if table:

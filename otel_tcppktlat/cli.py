@@ -67,7 +67,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     pid, port = _whole(1, 2**22), _whole(1, 65535)
     add = parser.add_argument
-    add("min_us", nargs="?", type=_whole(0, 10**12), metavar="MIN_US", help="only pickups that waited so many us as rows and spans")
+    add(
+        "min_us",
+        nargs="?",
+        type=_whole(0, 10**12),
+        metavar="MIN_US",
+        help="only pickups that waited so many us as rows and spans",
+    )
     add("-p", "--pid", type=pid, metavar="PID", help="process to trace")
     add("-t", "--tid", type=pid, metavar="TID", help="thread to trace")
     add("-l", "--lport", type=port, metavar="LPORT", help="filter for local port")
@@ -84,11 +90,26 @@ def _parser() -> argparse.ArgumentParser:
     add("--table", action="store_true", help="print the table as well")
     add("--attributes", metavar="NAME,...", default=",".join(DEFAULT_ATTRIBUTES),
         help=f"the metric's attributes, of {', '.join(ATTRIBUTES)} (default %(default)s)")  # fmt: skip
-    add("--boundaries", metavar="S,...", help="the histogram's bucket boundaries in seconds (default 1-2-5 from 1 us to 10 s)")
+    add(
+        "--boundaries",
+        metavar="S,...",
+        help="the histogram's bucket boundaries in seconds (default 1-2-5 from 1 us to 10 s)",
+    )
     add("--series-limit", type=_whole(1, 100_000), metavar="N", default=DEFAULT_LIMIT,
         help="sets of attributes; more go to the overflow series (default %(default)s)")  # fmt: skip
-    add("--span-rate", type=_rate, metavar="N", default=DEFAULT_SPAN_RATE, help="spans a second at most (default %(default)g)")
-    add("--flavour", choices=("auto", "typed", "raw"), default="auto", help="of the BPF programs (default: what the kernel has)")
+    add(
+        "--span-rate",
+        type=_rate,
+        metavar="N",
+        default=DEFAULT_SPAN_RATE,
+        help="spans a second at most (default %(default)g)",
+    )
+    add(
+        "--flavour",
+        choices=("auto", "typed", "raw"),
+        default="auto",
+        help="of the BPF programs (default: what the kernel has)",
+    )
     add("--user", metavar="USER", default="nobody", help="who to run as after attaching (default %(default)s)")
     return parser
 

@@ -77,4 +77,3 @@ class SeriesTotals:
         """Adds what an interval brought to a series."""
         attributes = self.set_of(delta.series)
         self.totals.setdefault(attributes, Totals([0] * self.buckets)).add(delta.sum_ns, delta.counts)
-

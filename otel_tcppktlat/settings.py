@@ -52,8 +52,14 @@ def exporter_configured(environ: Mapping[str, str] = os.environ) -> bool:
     exporters = [environ.get(f"OTEL_{signal}_EXPORTER", "").strip() for signal in ("METRICS", "TRACES")]
     if exporters == ["none", "none"]:
         return False
-    endpoints = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
-    return any(name not in ("", "none") for name in exporters) or any(environ.get(name, "").strip() for name in endpoints)
+    endpoints = (
+        "OTEL_EXPORTER_OTLP_ENDPOINT",
+        "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT",
+        "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT",
+    )
+    return any(name not in ("", "none") for name in exporters) or any(
+        environ.get(name, "").strip() for name in endpoints
+    )
 
 
 def check_endpoint(url: str) -> str:

@@ -1,1 +1,1 @@
-"""The demo, and what it shares with the tests; nothing on the normal path imports this."""
+"""The demo that `make run` shows, and the embedded OTLP receiver that it shares with the tests."""

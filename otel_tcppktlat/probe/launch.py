@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pathlib
 import socket
@@ -18,6 +19,8 @@ _PACKAGE_PARENT = pathlib.Path(__file__).resolve().parents[2]
 # Appended, not prepended: the interpreter's own packages go first, bcc among them.
 _START = "import sys; sys.path.append(sys.argv.pop(1)); from otel_tcppktlat.probe.loader.__main__ import main; main()"
 _MAX_DESCRIPTORS = 64
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,9 @@ class Loader:
         candidates = pythons or (DISTRIBUTION_PYTHON, sys.executable)
         self._pythons = [python for python in dict.fromkeys(candidates) if os.access(python, os.X_OK)]
         if not self._pythons:
-            raise ProbeError(f"there is no Python to run the loader with: install {DISTRIBUTION_PYTHON} and python3-bpfcc")
+            raise ProbeError(
+                f"there is no Python to run the loader with: install {DISTRIBUTION_PYTHON} and python3-bpfcc"
+            )
         self._start()
 
     def _start(self) -> None:
@@ -63,7 +68,8 @@ class Loader:
         self._channel.sendall(json.dumps(self._request).encode() + b"\n")
 
     def _receive(self) -> tuple[dict[str, Any], list[int], str]:
-        text, descriptors = b"", []
+        text = b""
+        descriptors: list[int] = []
         while not text.endswith(b"\n"):
             data, fds, _flags, _address = socket.recv_fds(self._channel, 65536, _MAX_DESCRIPTORS)
             text, descriptors = text + data, descriptors + list(fds)
@@ -71,7 +77,11 @@ class Loader:
                 break
         self._channel.close()
         _, stderr = self._child.communicate()
-        answer = json.loads(text) if text else {"error": f"the loader ended without an answer (status {self._child.returncode})"}
+        answer = (
+            json.loads(text)
+            if text
+            else {"error": f"the loader ended without an answer (status {self._child.returncode})"}
+        )
         return answer, descriptors, stderr.decode(errors="replace")
 
     def finish(self) -> Loaded:
@@ -80,11 +90,11 @@ class Loader:
             answer, descriptors, stderr = self._receive()
             if "error" not in answer:
                 break
-            if answer.get("missing") == "bcc" and self._pythons:
+            if answer.get("missing_bcc") and self._pythons:
                 self._start()
                 continue
-            details = stderr.strip()
-            raise ProbeError(answer["error"].strip() + (f"\n{details}" if details and answer.get("details") else ""))
+            _log.debug("the loader said: %s", stderr.strip())
+            raise ProbeError(answer["error"].splitlines()[0])
         return Loaded(
             flavour=answer["flavour"],
             offsets=answer["offsets"],

@@ -98,9 +98,7 @@ class Map:
         position, start = ct.create_string_buffer(max(self.key_bytes, 8)), None
         while True:
             count = ct.c_uint32(chunk)
-            result = self._lib.bpf_map_lookup_batch(
-                self.fd, start, position, keys, values, ct.byref(count), None
-            )
+            result = self._lib.bpf_map_lookup_batch(self.fd, start, position, keys, values, ct.byref(count), None)
             if result == -errno.ENOSPC:  # a bucket of the hash holds more than a batch
                 yield from self.items(chunk * 2)
                 return

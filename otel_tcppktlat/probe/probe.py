@@ -190,19 +190,20 @@ class Probe:
         assert raw is not None
         size = ct.sizeof(Books)
         per_cpu = [struct.unpack_from(f"<{size // 8}Q", raw, cpu * size) for cpu in range(self._cpus)]
-        return dict(zip((name for name, _ in Books._fields_), map(sum, zip(*per_cpu, strict=True)), strict=True))
+        return dict(zip((field[0] for field in Books._fields_), map(sum, zip(*per_cpu, strict=True)), strict=True))
 
     def gone(self) -> bool:
         """Did a process with series end or exec since the last harvest, or is one still to be cleared away?"""
         return bool(self._retiring) or self.books()["processes_gone"] != self._gone_seen
 
     def statistics(self) -> dict[str, tuple[int, int, int]]:
-        """By program: (ns spent, runs, runs that the kernel skipped); see Libbpf.program_statistics."""
-        return {
-            name.removeprefix("program:"): self._libbpf.program_statistics(fd)
-            for name, fd in self.loaded.descriptors.items()
-            if name.startswith("program:")
-        }
+        """By attached program: (ns spent, runs, runs that the kernel skipped); see Libbpf.program_statistics.
+
+        What a program tail-calls counts as its own.
+        """
+        descriptors = self.loaded.descriptors
+        attached = [name.removeprefix("link:") for name in descriptors if name.startswith("link:")]
+        return {name: self._libbpf.program_statistics(descriptors[f"program:{name}"]) for name in attached}
 
     def series_in_use(self) -> int:
         """Series that the kernel holds now, as of the last harvest."""

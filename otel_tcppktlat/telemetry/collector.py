@@ -184,7 +184,7 @@ class Collector:
                 DURATION,
                 "Time that received TCP segments waited in the receive queue until a thread had read them.",
                 "s",
-                histogram_data(self._buckets, points, self._temporality.histogram),
+                histogram_data(points, self._temporality.histogram),
             )
             taken = {attributes: Acknowledged(counts, total.sum_ns, unix_ns) for attributes, total, counts in part}
             yield Batch(self._scope([metric]), self._acknowledger(taken))

@@ -86,7 +86,8 @@ class Pipeline:
             reader_filtered=settings.pid is not None or settings.tid is not None,
         )
         reader = PeriodicExportingMetricReader(
-            InjectingExporter(self._metric_exporter, self.collector.collect), export_interval_millis=self._interval_s * 1e3
+            InjectingExporter(self._metric_exporter, self.collector.collect),
+            export_interval_millis=self._interval_s * 1e3,
         )
         self._meter_provider = MeterProvider([reader], resource=self._resource, shutdown_on_exit=False)
         self._observe_itself(probe)
@@ -106,8 +107,12 @@ class Pipeline:
             yield Observation(self.collector.last_duration_s)
 
         meter.create_observable_gauge("tcppktlat.series.in_use", [series], "{series}", "Series that the kernel holds.")
-        meter.create_observable_gauge("tcppktlat.sockets.tracked", [sockets], "{socket}", "Sockets with a queue of entries.")
-        meter.create_observable_gauge("tcppktlat.collect.duration", [duration], "s", "Time that the last collection took.")
+        meter.create_observable_gauge(
+            "tcppktlat.sockets.tracked", [sockets], "{socket}", "Sockets with a queue of entries."
+        )
+        meter.create_observable_gauge(
+            "tcppktlat.collect.duration", [duration], "s", "Time that the last collection took."
+        )
 
     def on_row(self, event: Event) -> None:
         """A pickup that waited MIN_US or longer: a span, if the budget has one for it."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from opentelemetry.sdk.metrics import Exemplar
 from opentelemetry.sdk.metrics.export import (
@@ -22,6 +23,7 @@ from opentelemetry.sdk.metrics.export import Buckets as ExponentialCounts
 from ..buckets import FIRST_EXPONENT, SCALE, Buckets
 from ..series import AttributeSet, Totals
 
+Point = HistogramDataPoint | ExponentialHistogramDataPoint
 DELTA, CUMULATIVE = AggregationTemporality.DELTA, AggregationTemporality.CUMULATIVE
 
 
@@ -41,10 +43,10 @@ def histogram_point(
     since: Acknowledged,
     unix_ns: int,
     exemplars: Sequence[Exemplar],
-) -> HistogramDataPoint | ExponentialHistogramDataPoint:
+) -> Point:
     """The growth since `since` as a point; min and max are left out, as the kernel keeps none."""
     counts = [now - then for now, then in zip(total.counts, since.counts, strict=True)]
-    common = {
+    common: dict[str, Any] = {
         "attributes": dict(attributes),
         "start_time_unix_nano": since.unix_ns,
         "time_unix_nano": unix_ns,
@@ -69,12 +71,14 @@ def histogram_point(
     )
 
 
-def histogram_data(
-    buckets: Buckets, points: Sequence[HistogramDataPoint | ExponentialHistogramDataPoint], temporality: AggregationTemporality
-) -> Histogram | ExponentialHistogram:
-    """The points as a metric's data."""
-    kind = Histogram if buckets.bounds_s is not None else ExponentialHistogram
-    return kind(data_points=list(points), aggregation_temporality=temporality)
+def histogram_data(points: Sequence[Point], temporality: AggregationTemporality) -> Histogram | ExponentialHistogram:
+    """Points of one kind, at least one, as a metric's data."""
+    explicit = [point for point in points if isinstance(point, HistogramDataPoint)]
+    if explicit:
+        return Histogram(explicit, temporality)
+    return ExponentialHistogram(
+        [point for point in points if isinstance(point, ExponentialHistogramDataPoint)], temporality
+    )
 
 
 def number_point(attributes: AttributeSet, value: int, since_unix_ns: int, unix_ns: int) -> NumberDataPoint:

@@ -65,7 +65,9 @@ class Handover(SpanExporter):
 class SpanBudget:
     """Makes spans of the slowest waits: `rate` a second, as a budget for the whole interval."""
 
-    def __init__(self, tracer: Tracer | None, handover: Handover | None, rate: float, room: int, interval_s: float) -> None:
+    def __init__(
+        self, tracer: Tracer | None, handover: Handover | None, rate: float, room: int, interval_s: float
+    ) -> None:
         """`room`: spans that the queue before the exporter holds. Without a tracer nothing becomes a span."""
         self._tracer, self._handover, self._rate, self._room = tracer, handover, rate, room
         self._most_rows = max(1, int(rate * interval_s)) if tracer else 0

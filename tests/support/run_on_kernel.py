@@ -31,8 +31,10 @@ from typing import Any, NoReturn
 
 CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "otel-tcppktlat/kernels"
 APT, TOOLS, KMOD = CACHE / "apt", CACHE / "tools", CACHE / "tools/bin/kmod"
-SUITES = {"bookworm": "bookworm bookworm-backports trixie trixie-backports sid",
-          "bookworm-security": "bullseye-security bookworm-security trixie-security"}
+SUITES = {
+    "bookworm": "bookworm bookworm-backports trixie trixie-backports sid",
+    "bookworm-security": "bullseye-security bookworm-security trixie-security",
+}
 # of backports: QEMU 7.2 panics 6.12 guests
 QEMU = ["qemu-system-x86", "qemu-system-common", "qemu-system-data", "seabios"]
 
@@ -78,7 +80,8 @@ def fail(message: str) -> NoReturn:
 
 def check(*command: object, **options: Any) -> str:
     done: subprocess.CompletedProcess[str] = subprocess.run(
-        [str(word) for word in command], capture_output=True, text=True, **options)
+        [str(word) for word in command], capture_output=True, text=True, **options
+    )
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         fail(f"{command[0]}: " + next((line for line in lines if line.startswith("E:")), lines[-1]))
@@ -89,11 +92,20 @@ def check(*command: object, **options: Any) -> str:
 
 
 def apt(tool: str, *words: str, **options: Any) -> str:
-    settings = {"Dir::Etc::sourcelist": APT / "sources.list", "Dir::Etc::sourceparts": "/dev/null", "Dir::Cache": APT,
-                "Dir::State::lists": APT / "lists", "Dir::Cache::archives": APT / "archives",
-                "Dir::Cache::srcpkgcache": "", "Dir::Cache::pkgcache": "pkgcache.bin", "APT::Sandbox::User": "root",
-                "APT::Default-Release": "bookworm", "APT::Update::Error-Mode": "any", "Acquire::Languages": "none",
-                "Acquire::IndexTargets::deb::DEP-11::DefaultEnabled": "false"}
+    settings = {
+        "Dir::Etc::sourcelist": APT / "sources.list",
+        "Dir::Etc::sourceparts": "/dev/null",
+        "Dir::Cache": APT,
+        "Dir::State::lists": APT / "lists",
+        "Dir::Cache::archives": APT / "archives",
+        "Dir::Cache::srcpkgcache": "",
+        "Dir::Cache::pkgcache": "pkgcache.bin",
+        "APT::Sandbox::User": "root",
+        "APT::Default-Release": "bookworm",
+        "APT::Update::Error-Mode": "any",
+        "Acquire::Languages": "none",
+        "Acquire::IndexTargets::deb::DEP-11::DefaultEnabled": "false",
+    }
     return check(tool, "-qq", *(f"-o{key}={value}" for key, value in settings.items()), *words, **options)
 
 
@@ -128,8 +140,18 @@ def fetch_tools() -> None:
     tell("fetching QEMU")
     with tempfile.TemporaryDirectory(dir=CACHE) as work:
         new, old = pathlib.Path(work, "new"), pathlib.Path(work, "old")
-        plan = apt("apt-get", "--simulate", "--no-install-recommends", "install",
-                   *(f"{p}/bookworm-backports" for p in QEMU), "libnuma1", "libseccomp2", "libcap-ng0", "zstd", "lz4")
+        plan = apt(
+            "apt-get",
+            "--simulate",
+            "--no-install-recommends",
+            "install",
+            *(f"{p}/bookworm-backports" for p in QEMU),
+            "libnuma1",
+            "libseccomp2",
+            "libcap-ng0",
+            "zstd",
+            "lz4",
+        )
         unpack([f"{name}={version}" for name, version in re.findall(r"^Inst (\S+) \((\S+)", plan, re.M)], new)
         unpack(["busybox-static", "kmod"], new)
         unpack(["qemu-system-common/bookworm"], old)
@@ -163,7 +185,7 @@ def here() -> list[str]:
 
 def show_list() -> None:
     releases = served()
-    for name in sorted({r[:r.index(".", r.index(".") + 1)] for r in releases}, key=natural):
+    for name in sorted({r[: r.index(".", r.index(".") + 1)] for r in releases}, key=natural):
         for newest in matching(name, releases)[-1:]:
             ready = " ".join(r for r in here() if r.startswith(f"{name}."))
             print(f"{name:6} {newest:28} {ready and 'here: ' + ready}".rstrip())
@@ -188,7 +210,7 @@ def make_initrd(target: pathlib.Path, modules: list[str]) -> None:
 def uncompressed(image: bytes) -> bytes:
     """The ELF kernel inside a bzImage, which the guest would take long to decompress."""
     offset, length = struct.unpack_from("<II", image, 0x248)
-    body = image[((image[0x1F1] or 4) + 1) * 512 + offset:][:length]
+    body = image[((image[0x1F1] or 4) + 1) * 512 + offset :][:length]
     if body.startswith(b"\xfd7zXZ"):
         return lzma.LZMADecompressor().decompress(body)
     tool = "zstd" if body.startswith(b"\x28\xb5\x2f\xfd") else "lz4"
@@ -215,8 +237,10 @@ def fetch_kernel(release: str, headers: bool) -> None:
         if not kernel.startswith(b"\x7fELF"):
             fail(f"cannot decompress {image}")
         (folder / "vmlinux").write_bytes(kernel)
-        plan = "".join(check("modprobe", "-d", folder, "-S", release, "-D", module, executable=KMOD)
-                       for module in ("virtio_pci", "virtio_rng", "virtiofs", "overlay"))
+        plan = "".join(
+            check("modprobe", "-d", folder, "-S", release, "-D", module, executable=KMOD)
+            for module in ("virtio_pci", "virtio_rng", "virtiofs", "overlay")
+        )
         make_initrd(folder / "initrd", list(dict.fromkeys(re.findall(r"^insmod (\S+)", plan, re.M))))
     if headers and not (folder / "usr/src").exists():
         unpack(packages_of(f"linux-headers-{release}", "headers-.*-common.*"), folder)
@@ -232,8 +256,13 @@ def run(a: argparse.Namespace, folder: pathlib.Path, stack: contextlib.ExitStack
 
     def start(*command: object, **options: Any) -> subprocess.Popen[bytes]:
         child: subprocess.Popen[bytes] = subprocess.Popen(
-            ["setpriv", "--pdeathsig", "KILL", *(str(word) for word in command)], start_new_session=True,
-            stdin=subprocess.DEVNULL, stdout=log, stderr=log, **options)
+            ["setpriv", "--pdeathsig", "KILL", *(str(word) for word in command)],
+            start_new_session=True,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            **options,
+        )
         stack.callback(child.wait)
         stack.callback(child.kill)
         return child
@@ -241,16 +270,27 @@ def run(a: argparse.Namespace, folder: pathlib.Path, stack: contextlib.ExitStack
     def serve(tag: str, source: pathlib.Path, cache: str) -> list[str]:
         """Shares a folder with the guest; returns QEMU's options for it."""
         source.mkdir(parents=True, exist_ok=True)
-        daemon = shlex.join([f"{TOOLS}/virtiofsd", "-f", f"--socket-path={work}/{tag}", "-o",
-                             f"source={source},sandbox=chroot,cache={cache},log_level=warn"])
+        daemon = shlex.join(
+            [
+                f"{TOOLS}/virtiofsd",
+                "-f",
+                f"--socket-path={work}/{tag}",
+                "-o",
+                f"source={source},sandbox=chroot,cache={cache},log_level=warn",
+            ]
+        )
         mount = f"mount --rbind / {source} && mount -o remount,bind,ro {source} &&" if tag == "root" else ""
         child = start("unshare", "-m", "sh", "-c", f"{mount} exec {daemon}")
         while not (work / tag).exists():
             if child.poll() is not None:
                 fail(f"virtiofsd: {(work / 'log').read_text().strip()}")
             time.sleep(0.005)
-        return ["-chardev", f"socket,id={tag},path={work}/{tag}",
-                "-device", f"vhost-user-fs-pci,chardev={tag},tag={tag},queue-size=1024"]
+        return [
+            "-chardev",
+            f"socket,id={tag},path={work}/{tag}",
+            "-device",
+            f"vhost-user-fs-pci,chardev={tag},tag={tag},queue-size=1024",
+        ]
 
     devices = serve("root", work / "root.d", "always") + serve("share", share, "auto")
     extra = []
@@ -259,22 +299,57 @@ def run(a: argparse.Namespace, folder: pathlib.Path, stack: contextlib.ExitStack
     if a.out:
         devices += serve("out", a.out.resolve(), "auto")
         extra.append("mkdir -p {0}; mount -t virtiofs out {0}".format(shlex.quote(str(a.out.resolve()))))
-    (share / "init").write_text(INIT.format(release=folder.name, folder=shlex.quote(str(folder)), cwd=cwd,
-                                            kmod=shlex.quote(str(KMOD)), extra="\n".join(extra)))
-    variables = "".join(f"export {k}={shlex.quote(v)}\n" for k, v in os.environ.items()
-                        if re.fullmatch(r"[A-Za-z_]\w*", k))
+    (share / "init").write_text(
+        INIT.format(
+            release=folder.name,
+            folder=shlex.quote(str(folder)),
+            cwd=cwd,
+            kmod=shlex.quote(str(KMOD)),
+            extra="\n".join(extra),
+        )
+    )
+    variables = "".join(
+        f"export {k}={shlex.quote(v)}\n" for k, v in os.environ.items() if re.fullmatch(r"[A-Za-z_]\w*", k)
+    )
     (share / "command").write_text(f"{variables}cd {cwd} && exec {shlex.join(a.command)}\n")
-    pipes = [(stack.enter_context(open(share / name, "wb+")), getattr(sys, name).buffer)
-             for name in ("stdout", "stderr")]
+    pipes = [
+        (stack.enter_context(open(share / name, "wb+")), getattr(sys, name).buffer) for name in ("stdout", "stderr")
+    ]
     began = time.monotonic()
     qemu = start(
-        TOOLS / "usr/bin/qemu-system-x86_64", "-L", TOOLS / "usr/share/qemu", "-L", TOOLS / "usr/share/seabios",
-        *"-nodefaults -no-user-config -no-reboot -display none -machine q35,memory-backend=mem -cpu max,-la57".split(),
-        *"-accel tcg,thread=multi,tb-size=256 -device virtio-rng-pci -smp".split(), a.smp, "-m", f"{a.memory}M",
-        "-object", f"memory-backend-memfd,id=mem,size={a.memory}M,share=on", "-serial", f"file:{work}/console",
-        *devices, "-kernel", folder / "vmlinux", "-initrd", folder / "initrd",
-        "-append", "console=ttyS0 quiet panic=-1 mitigations=off nokaslr",
-        env=os.environ | {"LD_LIBRARY_PATH": f"{TOOLS}/usr/lib/x86_64-linux-gnu:{TOOLS}/lib/x86_64-linux-gnu"})
+        TOOLS / "usr/bin/qemu-system-x86_64",
+        "-L",
+        TOOLS / "usr/share/qemu",
+        "-L",
+        TOOLS / "usr/share/seabios",
+        *[
+            "-nodefaults",
+            "-no-user-config",
+            "-no-reboot",
+            "-display",
+            "none",
+            "-machine",
+            "q35,memory-backend=mem",
+            "-cpu",
+            "max,-la57",
+        ],
+        *["-accel", "tcg,thread=multi,tb-size=256", "-device", "virtio-rng-pci", "-smp"],
+        a.smp,
+        "-m",
+        f"{a.memory}M",
+        "-object",
+        f"memory-backend-memfd,id=mem,size={a.memory}M,share=on",
+        "-serial",
+        f"file:{work}/console",
+        *devices,
+        "-kernel",
+        folder / "vmlinux",
+        "-initrd",
+        folder / "initrd",
+        "-append",
+        "console=ttyS0 quiet panic=-1 mitigations=off nokaslr",
+        env=os.environ | {"LD_LIBRARY_PATH": f"{TOOLS}/usr/lib/x86_64-linux-gnu:{TOOLS}/lib/x86_64-linux-gnu"},
+    )
     over = False
     while not over:
         over = qemu.poll() is not None or (share / "status").exists()
@@ -295,8 +370,11 @@ def run(a: argparse.Namespace, folder: pathlib.Path, stack: contextlib.ExitStack
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(usage="%(prog)s [options] KERNEL -- COMMAND ARG...\n       %(prog)s --list",
-                                     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [options] KERNEL -- COMMAND ARG...\n       %(prog)s --list",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     option = parser.add_argument
     option("--list", action="store_true", help="show the kernels")
     option("--update", action="store_true", help="fetch Debian's package lists anew: a series may have a newer kernel")
@@ -310,7 +388,7 @@ def main() -> int:
     option("kernel", nargs="?", help=argparse.SUPPRESS)
     cut = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     a = parser.parse_args(sys.argv[1:cut])
-    a.command = sys.argv[cut + 1:]
+    a.command = sys.argv[cut + 1 :]
     if not a.list and not (a.kernel and a.command):
         parser.error("name a kernel and a command: run_on_kernel.py 5.10 -- uname -a")
     if os.geteuid() or os.uname().machine != "x86_64":

@@ -36,13 +36,19 @@ class Refusal(Exception):
     """What the user has to hear, in one line."""
 
 
+class NoBcc(Refusal):
+    """This interpreter has no bcc; another may."""
+
+
 def _import_bcc() -> Any:
     try:
         import bcc
     except ImportError:
         bcc = None
     if bcc is None or not hasattr(bcc, "BPF"):  # PyPI's bcc is another project
-        raise Refusal("bcc is missing: install your distribution's package (python3-bpfcc on Debian and Ubuntu, python3-bcc on Fedora and RHEL)")
+        raise NoBcc(
+            "bcc is missing: install your distribution's package (python3-bpfcc on Debian and Ubuntu, python3-bcc on Fedora and RHEL)"
+        )
     return bcc
 
 
@@ -50,7 +56,9 @@ def _load_libbpf() -> ct.CDLL:
     try:
         return ct.CDLL("libbpf.so.1", use_errno=True)
     except OSError:
-        raise Refusal("libbpf.so.1 is missing: install your distribution's package (libbpf1 on Debian and Ubuntu)") from None
+        raise Refusal(
+            "libbpf.so.1 is missing: install your distribution's package (libbpf1 on Debian and Ubuntu)"
+        ) from None
 
 
 def _open_btf(libbpf: ct.CDLL) -> Optional[Btf]:
@@ -69,13 +77,17 @@ def _choose_flavour(asked: str, btf: Optional[Btf]) -> str:
     """`typed` needs BTF and socket storage in tracing programs, which came with 5.11."""
     possible = btf is not None and _kernel_version() >= (5, 11)
     if asked == "typed" and not possible:
-        raise Refusal("this kernel cannot have --flavour typed: it takes BTF (/sys/kernel/btf/vmlinux) and Linux 5.11; use --flavour raw")
+        raise Refusal(
+            "this kernel cannot have --flavour typed: it takes BTF (/sys/kernel/btf/vmlinux) and Linux 5.11; use --flavour raw"
+        )
     return asked if asked != "auto" else ("typed" if possible else "raw")
 
 
 def _headers_installed() -> bool:
     build = f"/lib/modules/{os.uname().release}/build"
-    return os.path.exists(f"{build}/include/linux") or os.path.exists(f"/lib/modules/{os.uname().release}/source/include/linux")
+    return os.path.exists(f"{build}/include/linux") or os.path.exists(
+        f"/lib/modules/{os.uname().release}/source/include/linux"
+    )
 
 
 def _create_ring_buffer(libbpf: ct.CDLL, size_bytes: int) -> int:
@@ -117,7 +129,9 @@ def load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
                 f"(/lib/modules/{os.uname().release}/build): install linux-headers-{os.uname().release}"
             )
     except MissingField as missing:
-        raise Refusal(f"this kernel lacks {missing}, which otel-tcppktlat reads: please report it with your kernel's version") from None
+        raise Refusal(
+            f"this kernel lacks {missing}, which otel-tcppktlat reads: please report it with your kernel's version"
+        ) from None
     flags = [f"-D{name}" if value is None else f"-D{name}={value}" for name, value in request["defines"].items()]
     flags += [f"-DTYPED={int(flavour == 'typed')}", *as_flags(offsets)]
     events_fd = _create_ring_buffer(libbpf, request["defines"]["RING_BYTES"])
@@ -173,7 +187,7 @@ def main() -> None:
         try:
             answer, descriptors = load(request)
         except (Refusal, LoadError) as error:
-            answer, descriptors = {"error": str(error)}, []
+            answer, descriptors = {"error": str(error), "missing_bcc": isinstance(error, NoBcc)}, []
         socket.send_fds(channel, [json.dumps(answer).encode() + b"\n"], descriptors)
     os._exit(0)  # nothing of LLVM is worth an orderly end
 

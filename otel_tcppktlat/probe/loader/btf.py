@@ -32,10 +32,20 @@ OPTIONAL: tuple[Field, ...] = (
     ("tcp_sock", "is_mptcp"),
 )
 
-HEADERS = (
-    "linux/sched.h linux/sched/signal.h linux/mm_types.h linux/fs.h linux/dcache.h linux/path.h linux/skbuff.h "
-    "linux/tcp.h net/sock.h net/tcp.h net/inet_connection_sock.h net/inet_hashtables.h"
-).split()
+HEADERS = [
+    "linux/sched.h",
+    "linux/sched/signal.h",
+    "linux/mm_types.h",
+    "linux/fs.h",
+    "linux/dcache.h",
+    "linux/path.h",
+    "linux/skbuff.h",
+    "linux/tcp.h",
+    "net/sock.h",
+    "net/tcp.h",
+    "net/inet_connection_sock.h",
+    "net/inet_hashtables.h",
+]
 
 
 class MissingField(LookupError):
@@ -91,7 +101,7 @@ class Btf:
         packed = bool(head.info >> 31)  # then the offset's upper byte is a bit field's size
         members = (_Member * (head.info & 0xFFFF)).from_address(address + ct.sizeof(_Type))
         for each in members:
-            at_bits = base_bits + (each.offset & 0xFFFFFF if packed else each.offset)
+            at_bits: int = base_bits + (each.offset & 0xFFFFFF if packed else each.offset)
             name: bytes = self._lib.btf__name_by_offset(self._btf, each.name_off)
             if name == member:
                 return at_bits

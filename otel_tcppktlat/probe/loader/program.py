@@ -93,9 +93,7 @@ class Programs:
         links: dict[str, int] = {}
         for function in ATTACHED:
             name = tracepoints[function]
-            fd = self._lib.bpf_raw_tracepoint_open(
-                None if self._btf else name.encode(), self.descriptors[function]
-            )
+            fd = self._lib.bpf_raw_tracepoint_open(None if self._btf else name.encode(), self.descriptors[function])
             if fd < 0:
                 raise LoadError(f"cannot attach to tracepoint {name}: {os.strerror(-fd)}")
             links[function] = fd

@@ -1,0 +1,50 @@
+# make run    a demo: the real agent, a reader that stalls, and what arrives over OTLP
+# make test   all tests, ruff and mypy
+# make bench  what it costs, against the alternatives
+# make venv   .venv/bin/otel-tcppktlat, and bcc from the distribution
+
+PYTHON ?= python3
+VENV := .venv
+SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
+AS_ROOT := $(if $(SUDO),$(SUDO) --preserve-env,)
+
+.PHONY: run test bench venv lint bcc clean
+
+run: venv
+	@$(AS_ROOT) $(VENV)/bin/python -m otel_tcppktlat.demo
+
+venv: bcc $(VENV)/.installed
+
+test: bcc $(VENV)/.installed-test lint
+	$(AS_ROOT) $(VENV)/bin/python -m pytest
+
+lint: $(VENV)/.installed-test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+bench: bcc $(VENV)/.installed-test
+	$(AS_ROOT) $(VENV)/bin/python -m tests.benchmarks
+
+# bcc is the distribution's own package; PyPI's `bcc` is another project.
+bcc:
+	@/usr/bin/python3 -c 'import bcc; bcc.BPF' 2>/dev/null || $(MAKE) --no-print-directory install-bcc
+
+.PHONY: install-bcc
+install-bcc:
+	@if command -v apt-get >/dev/null; then $(SUDO) apt-get update -qq && \
+	  $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends python3-bpfcc python3-venv >/dev/null; \
+	elif command -v dnf >/dev/null; then $(SUDO) dnf install -y -q python3-bcc; \
+	else echo "install your distribution's bcc for Python, then try again" >&2; exit 1; fi
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
