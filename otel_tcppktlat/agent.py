@@ -75,6 +75,7 @@ def run(settings: Settings) -> None:
         privileges.no_new_privileges()
         pipeline = None
         if settings.export:
+            from . import preload  # noqa: F401
             from .telemetry.pipeline import Pipeline  # while the compiler works
 
             if os.geteuid() == 0:  # the files are root's to read, and setresuid() reaches every thread

@@ -1,0 +1,80 @@
+"""After attaching, the agent has no privilege, no child and no compiler in memory, and needs none of them."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Iterator
+
+import pytest
+from support.agent import Agent, Pair
+from support.certificates import make_certificates
+
+from otel_tcppktlat.demo.receiver import Receiver, ServerTls
+
+RECEIVED = "tcppktlat.segments.received"
+MARK = "otel-tcppktlat: attached"
+
+
+@pytest.fixture(params=["grpc", "http/protobuf", "grpc+mtls", "http/protobuf+mtls"])
+def running(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> Iterator[tuple[Agent, Receiver]]:
+    """An agent that has exported once; with mTLS its key is root's alone."""
+    protocol, _, tls = request.param.partition("+")
+    environment = {"OTEL_EXPORTER_OTLP_PROTOCOL": protocol}
+    server_tls = None
+    if tls:
+        (tmp_path / "keys").mkdir(mode=0o700)
+        made = make_certificates(tmp_path / "keys")
+        server_tls = ServerTls(made.server_certificate, made.server_key, made.ca)
+        os.chmod(made.client_key, 0o600)
+        environment |= {
+            "OTEL_EXPORTER_OTLP_CERTIFICATE": str(made.ca),
+            "OTEL_EXPORTER_OTLP_CLIENT_KEY": str(made.client_key),
+            "OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE": str(made.client_certificate),
+        }
+    with Receiver(tls=server_tls) as receiver:
+        endpoint = receiver.grpc_endpoint if protocol == "grpc" else receiver.http_endpoint
+        environment["OTEL_EXPORTER_OTLP_ENDPOINT"] = endpoint.replace("127.0.0.1", "localhost")
+        with Agent(tmp_path, ["-v"], environment, python=["-X", "importtime"]) as agent:
+            agent.wait_for_stderr(MARK)
+            receiver.wait_for(lambda seen: bool(seen.points(RECEIVED)), 60)
+            yield agent, receiver
+
+
+def test_it_is_nobody_without_capabilities(running: tuple[Agent, Receiver]) -> None:
+    status = running[0].status()
+    assert set(status["Uid"].split()) == set(status["Gid"].split()) == {"65534"}
+    assert status["Groups"] == ""
+    assert {int(status[name], 16) for name in ("CapInh", "CapPrm", "CapEff", "CapAmb")} == {0}
+    assert status["NoNewPrivs"] == "1"
+    threads = pathlib.Path(f"/proc/{running[0].pid}/task").iterdir()
+    for thread in threads:
+        assert "CapPrm:\t0000000000000000" in (thread / "status").read_text()
+
+
+def test_no_llvm_and_no_child(running: tuple[Agent, Receiver]) -> None:
+    agent, _ = running
+    mapped = pathlib.Path(f"/proc/{agent.pid}/maps").read_text()
+    assert "libbpf" in mapped
+    assert "LLVM" not in mapped and "libbcc" not in mapped and "clang" not in mapped
+    parents = [path.read_text().rpartition(")")[2].split()[1] for path in pathlib.Path("/proc").glob("[0-9]*/stat")]
+    assert str(agent.pid) not in parents
+
+
+def test_nothing_is_imported_later_and_reconnects_work(running: tuple[Agent, Receiver]) -> None:
+    """Spans, a collector that goes away and comes back, the errors that are logged meanwhile, and the last flush."""
+    agent, receiver = running
+    with Pair() as pair:
+        pair.wait(0.02)
+        receiver.wait_for(lambda seen: bool(seen.spans()), 60)
+        receiver.stop()
+        agent.wait_for_stderr("retrying")
+        pair.wait(0.02)
+        receiver.start()
+        before = len(receiver.requests)
+        receiver.wait_for(lambda seen: len(seen.requests) > before + 1, 60)
+        pair.wait(0.02)
+    assert agent.stop() == 0
+    later = agent.stderr.partition(MARK)[2]
+    assert [line for line in later.splitlines() if line.startswith("import time:")] == []
+    assert receiver.requests[-1].accepted

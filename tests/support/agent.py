@@ -1,0 +1,112 @@
+"""The real agent as a process, and TCP connections of the test's own to be measured."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import IO
+
+REPOSITORY = pathlib.Path(__file__).parents[2]
+CA_VARIABLES = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE")
+
+
+class Agent:
+    """One agent; a context manager that ends it. `stdout` and `stderr` are files that collect what it prints."""
+
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        arguments: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+        python: Sequence[str] = (),
+    ) -> None:
+        """`folder` gets the output; `python` are options of the interpreter."""
+        base = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith("OTEL_") and name not in CA_VARIABLES
+        }
+        defaults = {"OTEL_METRIC_EXPORT_INTERVAL": "500", "OTEL_BSP_SCHEDULE_DELAY": "200", "PYTHONPATH": str(REPOSITORY)}
+        self._stdout_path, self._stderr_path = folder / "stdout", folder / "stderr"
+        self._files: list[IO[bytes]] = [path.open("wb") for path in (self._stdout_path, self._stderr_path)]
+        self.process = subprocess.Popen(
+            [sys.executable, *python, "-m", "otel_tcppktlat", *arguments],
+            env={**base, **defaults, **(environment or {})},
+            stdout=self._files[0],
+            stderr=self._files[1],
+            cwd=folder,
+        )
+
+    @property
+    def pid(self) -> int:
+        """The agent's process id."""
+        return self.process.pid
+
+    @property
+    def stdout(self) -> str:
+        """What it has printed so far."""
+        return self._stdout_path.read_text()
+
+    @property
+    def stderr(self) -> str:
+        """What it has complained about so far."""
+        return self._stderr_path.read_text()
+
+    def wait_for_stderr(self, text: str, timeout_s: float = 60) -> None:
+        """Waits until it has printed `text` on stderr (-v: "attached")."""
+        end_s = time.monotonic() + timeout_s
+        while text not in self.stderr:
+            assert self.process.poll() is None and time.monotonic() < end_s, self.stderr
+            time.sleep(0.02)
+
+    def status(self) -> dict[str, str]:
+        """/proc/PID/status."""
+        lines = pathlib.Path(f"/proc/{self.pid}/status").read_text().splitlines()
+        return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+    def stop(self, number: int = signal.SIGTERM, timeout_s: float = 30) -> int:
+        """Sends a signal and returns the exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.process.wait(timeout_s)
+
+    def __enter__(self) -> Agent:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        for file in self._files:
+            file.close()
+
+
+class Pair:
+    """Two connected TCP sockets on loopback; a context manager. What `sender` sends, `reader` (the server's side) reads."""
+
+    def __init__(self, host: str = "127.0.0.1") -> None:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.create_server((host, 0), family=family) as server:
+            self.port = int(server.getsockname()[1])
+            self.sender = socket.create_connection((host, self.port))
+            self.reader, _ = server.accept()
+        self.sender.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def wait(self, wait_s: float, length: int = 100) -> None:
+        """Sends one segment and reads it after `wait_s`."""
+        self.sender.sendall(b"x" * length)
+        time.sleep(wait_s)
+        assert len(self.reader.recv(length, socket.MSG_WAITALL)) == length
+
+    def __enter__(self) -> Pair:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.sender.close()
+        self.reader.close()
