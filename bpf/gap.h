@@ -7,11 +7,24 @@
 
 static inline u32 run_start(struct entry *run) { return run->end - run->count * run->length; }
 
-/* Makes room at position `at` of a chunk with n < CHUNK runs. */
-static inline void shift_up(struct chunk *c, u32 at) {
+/* The number of runs of a chunk that begin before `start`: bisection without a branch. */
+static inline u32 runs_before(struct chunk *c, u32 start) {
+  u32 position = 0;
+#pragma unroll
+  for (u32 step = CHUNK / 2; step; step /= 2) {
+    u32 probed = position + step - 1;
+    s32 in_use = (s32)(probed - c->n) >> 31, before = (s32)(run_start(&c->e[probed & (CHUNK - 1)]) - start) >> 31;
+    position += step & in_use & before;
+  }
+  u32 last = position & (CHUNK - 1);
+  return position + ((position < c->n) & after(start, run_start(&c->e[last])));
+}
+
+/* Makes room at position q->at of a chunk with n < CHUNK runs. */
+static inline void shift_up(struct queue *q, struct chunk *c) {
   struct entry carried = {};
   for (u32 i = 0; i < CHUNK; i++) { KEEP(i);
-    if (i < at) continue;
+    if (i < q->at) continue;
     if (i > c->n) break;
     struct entry here = c->e[i & (CHUNK - 1)];
     c->e[i & (CHUNK - 1)] = carried;
@@ -77,10 +90,8 @@ static inline void gap_insert(struct books *b, struct queue *q, u32 start, u32 e
         if (upper && after(start, run_start(&upper->e[0]))) c = upper;
       }
     }
-    for (u32 i = 0; i < CHUNK; i++) { KEEP(i);
-      if (i >= c->n || !after(start, run_start(&c->e[i & (CHUNK - 1)]))) break;
-      position = i + 1;
-    }
+    q->at = runs_before(c, start);
+    position = q->at;
     if (position) {
       struct entry *before = &c->e[(position - 1) & (CHUNK - 1)];
       if (!after(end, before->end)) goto duplicate;
@@ -99,7 +110,7 @@ static inline void gap_insert(struct books *b, struct queue *q, u32 start, u32 e
       }
     }
     if (c->n >= CHUNK) goto untracked;
-    shift_up(c, position);
+    shift_up(q, c);
   }
   struct entry *run = &c->e[position & (CHUNK - 1)];
   run->end = end;
@@ -118,62 +129,83 @@ untracked:
   ADD(b->untracked_pool, 1);
 }
 
-/* Moves what rcv_nxt has passed to the queue. Returns 1 if another chunk may have more. */
+/* Moves to the queue what rcv_nxt has passed of a run. Returns 1 if that is all of it. */
+static inline int release_run(struct books *b, struct queue *q, struct entry *run, u32 rcv_nxt) {
+  u32 start = run_start(run);
+  if (after(start, rcv_nxt)) return 0;
+  u64 length = run->length, count = run->count, passed = (rcv_nxt - start) / length;
+  s64 ahead = (s32)(start - q->last_end); /* a hole; or, less than 0, what the queue covers already */
+  u64 overlaps = is_less(ahead, 0), covered = -ahead * overlaps / length;
+  passed = count + (passed - count) * is_less(passed, count);
+  covered = passed + (covered - passed) * is_less(covered, passed);
+  ADD(b->duplicate, covered);
+  q->gapped -= passed;
+  run->count = count - passed;
+  if (passed != covered) {
+    struct entry fresh = {
+        .at_ns = q->in_order_at_ns,
+        .end = start + passed * length,
+        .count = passed - covered,
+        .length = length,
+        .hole = ahead * (1 - overlaps),
+    };
+    push(b, q, fresh);
+  }
+  if (!run->count) return 1;
+  ADD(b->dropped, 1); /* rcv_nxt stopped here */
+  q->gapped--;
+  run->count--;
+  return !run->count;
+}
+
+/* Moves what rcv_nxt has passed to the queue. Returns 1 if there may be more than one program can do. */
 static inline int gap_release(struct books *b, struct queue *q, u32 rcv_nxt) {
-  u32 number = q->gap_first, taken = 0, duplicate = 0, dropped = 0;
-  struct chunk *c = chunk_at(number);
-  if (!c) return 0;
-  for (u32 i = 0; i < CHUNK; i++) { KEEP(i);
-    if (i >= c->n) break;
-    struct entry *run = &c->e[i & (CHUNK - 1)];
-    u32 start = run_start(run), length = run->length, passed = run->count, covered = 0;
-    if (after(start, rcv_nxt) || !length) break;
-    if (after(run->end, rcv_nxt)) passed = (rcv_nxt - start) / length;
-    if (after(q->last_end, start)) covered = (q->last_end - start) / length;
-    if (covered > passed) covered = passed;
-    duplicate += covered;
-    if (passed != covered)
-      push(b, q, start + passed * length, passed - covered, length, q->in_order_at_ns);
-    run->count -= passed;
-    if (run->count) { /* rcv_nxt stopped here: the stack dropped this one */
-      dropped++;
-      run->count--;
-      q->gapped--;
-    }
-    q->gapped -= passed;
-    if (run->count) break;
-    taken++;
-  }
-  ADD(b->duplicate, duplicate);
-  ADD(b->dropped, dropped);
-  q->gap_runs -= taken;
-  u32 left = c->n - taken;
-  if (!left) {
-    u32 next = c->next;
-    give_chunk(number);
-    q->gap_first = next;
-    if (!q->gap_runs) q->cold &= ~COLD_GAP;
-    return q->gap_runs != 0;
-  }
-  if (taken) {
+  for (u32 round = 0; round < RELEASE_CHUNKS; round++) { KEEP(round);
+    u32 number = q->gap_first;
+    struct chunk *c = chunk_at(number);
+    if (!c) return 0;
+    q->at = 0;
     for (u32 i = 0; i < CHUNK; i++) { KEEP(i);
-      c->e[i] = c->e[(i + taken) & (CHUNK - 1)];
+      if (i >= c->n || !release_run(b, q, &c->e[i & (CHUNK - 1)], rcv_nxt)) break;
+      q->at = i + 1;
     }
-    c->n = left;
+    u32 taken = q->at;
+    if (!taken) return 0;
+    q->gap_runs -= taken;
+    c->n -= taken;
+    if (c->n) {
+      for (u32 i = 0; i < CHUNK; i++) { KEEP(i);
+        c->e[i] = c->e[(i + taken) & (CHUNK - 1)];
+      }
+      return 0;
+    }
+    q->gap_first = c->next;
+    give_chunk(number);
+    if (!q->gap_runs) {
+      q->cold &= ~COLD_GAP;
+      return 0;
+    }
   }
-  return 0;
+  return 1;
+}
+
+/* The last segment behind a gap is settled: the stack has dropped it (tcp_data_queue_ofo() counts what it keeps), or not. */
+static inline int aside_dropped(struct books *b, struct queue *q, void *tp) {
+  q->cold &= ~COLD_ASIDE;
+  if (load_u32(tp, OFF_tcp_sock_rcv_ooopack) != q->aside_ooopack) return 0;
+  ADD(b->dropped, 1);
+  return 1;
 }
 
 /* Learns from rcv_nxt what the stack did since the last hook. Returns 1 if there is more than one program can do. */
-static inline int reconcile(struct books *b, struct queue *q, void *tp, u32 rcv_nxt) {
-  if (q->cold & COLD_ASIDE) {
-    q->cold &= ~COLD_ASIDE;
-    /* tcp_data_queue_ofo() counts what it keeps */
-    if (load_u32(tp, OFF_tcp_sock_rcv_ooopack) == q->aside_ooopack) ADD(b->dropped, 1);
-    else gap_insert(b, q, q->aside_start, q->aside_end);
-  }
+static inline int reconcile(struct books *b, struct queue *q, void *sk, void *tp, u32 rcv_nxt) {
+  if ((q->cold & COLD_ASIDE) && !aside_dropped(b, q, tp)) gap_insert(b, q, q->aside_start, q->aside_end);
   if (after(q->last_end, rcv_nxt)) drop_youngest(b, q, rcv_nxt);
   if ((q->cold & COLD_GAP) && gap_release(b, q, rcv_nxt)) return 1;
-  if (after(rcv_nxt, q->last_end)) push(b, q, rcv_nxt, 0, rcv_nxt - q->last_end, 0);
+  if (after(rcv_nxt, q->last_end)) {
+    u32 fin = load_u8(sk, OFF_sock_sk_shutdown) & RCV_SHUTDOWN; /* a FIN has a sequence number */
+    struct entry unseen = {.end = rcv_nxt - fin, .hole = rcv_nxt - fin - q->last_end};
+    if (unseen.hole) push(b, q, unseen);
+  }
   return 0;
 }

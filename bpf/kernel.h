@@ -10,8 +10,11 @@
 #define ADD(counter, n) lock_xadd(&(counter), n)
 #define unlikely(x) __builtin_expect(!!(x), 0)
 
+#define MAX_WINDOW (1u << 30) /* RFC 7323, section 2.3: no more can be unread */
 #define AF_INET 2
 #define AF_INET6 10
+#define RCV_SHUTDOWN 1 /* in sk_shutdown */
+#define SEND_SHUTDOWN 2
 #define TCPHDR_FIN 1 /* in tcp_skb_cb.tcp_flags: end_seq counts a FIN as a byte */
 #define FASTREUSE_CONNECT 255 /* inet_bind_bucket.fastreuse is -1 where connect() chose the port (inet_hash_connect) */
 
@@ -58,3 +61,10 @@ static inline struct span_of_bytes data_of(void *skb) {
 
 /* Is sequence number a after b? They wrap: RFC 9293, section 3.4. */
 static inline int after(u32 a, u32 b) { return (s32)(a - b) > 0; }
+
+/* 1 if a < b, else 0, of numbers whose difference fits 63 bits; no branch, and no sign mask: 6.18 forks on those as well. */
+static inline u64 is_less(u64 a, u64 b) {
+  u64 difference = a - b;
+  KEEP(difference); /* or clang makes a branch of it */
+  return difference >> 63;
+}

@@ -3,16 +3,17 @@
 
 #define INLINE 8    /* entries that sit with the socket (power of two) */
 #define CHUNK 64    /* entries of a chunk of the shared pool (power of two) */
-#define GAP_CHUNKS 64 /* that one socket may hold behind gaps; only the first may be less than half full */
+#define GAP_CHUNKS 64 /* that one socket may hold behind gaps; only the first and the last may be less than half full */
 #define GAP_RUNS ((GAP_CHUNKS - 2) * CHUNK / 2)
+#define RELEASE_CHUNKS 4 /* that one program moves to the queue; 16 of them do all of a socket */
 #define EPOCHS 4096 /* slots of process epochs (power of two) */
 
 /* Segments that may be read and have not been: `count` of `length` bytes each, the last of which ends before `end`.
- * count 0: `length` bytes that no tracepoint showed. length 0: segments merged when the pool was empty.
+ * Before them may be a hole: bytes that no tracepoint showed. length 0: segments merged when the pool was empty.
  * Behind a gap the same record is a run of equal segments, with no arrival time. */
 struct entry {
   u64 at_ns;
-  u32 end, count, length, unused;
+  u32 end, count, length, hole;
 };
 
 struct chunk {
@@ -26,7 +27,7 @@ struct queue {
   u32 cold;     /* COLD_*: why the short path must not touch this socket */
   u32 head, n;  /* ring of entries with the socket; older than all that spilled */
   u32 reader, epoch, series; /* whose histogram, remembered from the last pickup; reader: READER() */
-  u32 outcome;             /* OBSERVED, OWN or FILTERED */
+  u16 outcome, role;         /* OBSERVED, OWN or FILTERED; ROLE_* */
   struct entry e[INLINE];
   u32 spill_head, spill_tail;   /* positions in the chain of chunks, whole chunks counted */
   u32 first_chunk, last_chunk;  /* of that chain */
@@ -34,9 +35,9 @@ struct queue {
   u32 gap_first, gap_last;      /* chunks of runs behind a gap, by sequence; valid while gap_runs is not 0 */
   u32 gap_runs, gapped;         /* runs there, and their segments */
   u32 aside_start, aside_end, aside_ooopack; /* the last segment behind a gap, until the stack took or dropped it */
-  u32 unused;
+  u32 at;             /* a position in a chunk; here, and not in a register, so that the verifier need not follow it */
   u64 in_order_at_ns; /* arrival of the segment that may have closed the gap */
-  u64 picked_ns, longest_ns, sum_ns; /* the pickup that is being worked on; kept here, the verifier need not follow it */
+  u64 picked_ns, longest_ns, sum_ns; /* the pickup that is being worked on; here for the same reason */
   u32 segments, bytes, undescribed, firsts;
 };
 #define COLD_SPILL 1
@@ -128,11 +129,12 @@ BPF_PERCPU_ARRAY(firsts, struct firsts, 1);
 /* The ring buffer of events. The loader makes it: bcc 0.26 has no bpf_ringbuf_query() for its own. */
 #define EVENTS ((void *)bpf_pseudo_fd(1 /* BPF_PSEUDO_MAP_FD */, EVENTS_FD))
 BPF_PROG_ARRAY(probe_tails, 2);
-BPF_PROG_ARRAY(adjust_tails, 3);
+BPF_PROG_ARRAY(adjust_tails, 4);
 BPF_PROG_ARRAY(destroy_tails, 1);
 #define TAIL_PROBE_SLOW 0
 #define TAIL_RECONNECT 1
 #define TAIL_ADJUST_SLOW 0
 #define TAIL_DRAIN 1
 #define TAIL_EMIT 2
+#define TAIL_RENEW 3
 #define TAIL_DISCARD 0

@@ -26,10 +26,8 @@ static inline void note_first(struct queue *q, struct sink *to, u32 bucket, u64 
 /* An entry that is done as a whole. */
 static inline void complete(struct entry *e, struct queue *q, struct sink *to) {
   u32 count = e->count, length = e->length;
-  if (unlikely(!count)) {
-    q->undescribed += length;
-    return;
-  }
+  q->undescribed += e->hole;
+  if (unlikely(!count)) return;
   u64 wait_ns = q->picked_ns - e->at_ns;
   if (wait_ns > q->longest_ns) q->longest_ns = wait_ns;
   u32 bucket = bucket_of(to->table, wait_ns);
@@ -42,19 +40,12 @@ static inline void complete(struct entry *e, struct queue *q, struct sink *to) {
   q->bytes += count * length;
 }
 
-/* 1 if a < b, else 0, of numbers whose difference fits 63 bits; no branch, and no sign mask: 6.18 forks on those as well. */
-static inline u64 is_less(u64 a, u64 b) {
-  u64 difference = a - b;
-  KEEP(difference); /* or clang makes a branch of it */
-  return difference >> 63;
-}
-
 /* complete() without a branch: the verifier follows both ways of each one, for every entry of a long loop. */
 static inline void complete_in_bulk(struct entry *e, struct queue *q, struct sink *to, struct firsts *noted, u32 generation) {
   u64 count = e->count, length = e->length, wait_ns = q->picked_ns - e->at_ns, counted = is_less(0, count);
   u64 longest_ns = q->longest_ns;
   u32 bucket = bucket_of(to->table, wait_ns);
-  q->undescribed += length * (1 - counted);
+  q->undescribed += e->hole;
   q->longest_ns = longest_ns + (wait_ns - longest_ns) * (is_less(longest_ns, wait_ns) & counted);
 #if EXEMPLARS
   u64 fresh = is_less(to->h->bucket[bucket], 1) & counted;
@@ -71,21 +62,18 @@ static inline void complete_in_bulk(struct entry *e, struct queue *q, struct sin
   q->bytes += count * length;
 }
 
-/* An entry that copied_seq is inside of: of a run, the segments that it has passed; of a hole, the bytes. */
+/* An entry that copied_seq is inside of: the bytes of its hole and the segments that it has passed. */
 static inline void complete_part(struct entry *e, u32 copied, struct queue *q, struct sink *to) {
-  u32 length = e->length, left = e->end - copied;
-  if (!e->count) {
-    if (left >= length) return;
-    q->undescribed += length - left;
-    e->length = left;
-    return;
+  u32 length = e->length, left = e->end - copied, described = e->count * length;
+  struct entry done = {.at_ns = e->at_ns, .length = length};
+  if (left < described + e->hole) {
+    u32 hole_left = left > described ? left - described : 0;
+    done.hole = e->hole - hole_left;
+    e->hole = hole_left;
   }
-  if (e->count == 1 || !length) return;
-  u32 remaining = (left + length - 1) / length;
-  if (remaining >= e->count) return;
-  struct entry done = {.at_ns = e->at_ns, .count = e->count - remaining, .length = length};
+  if (length && left < described) done.count = e->count - (left + length - 1) / length;
+  e->count -= done.count;
   complete(&done, q, to);
-  e->count = remaining;
 }
 
 /* What has ended of the ring. */
@@ -123,31 +111,29 @@ static inline int notable(struct queue *q) {
   return q->firsts;
 }
 
-static inline void emit(struct books *b, void *sk, struct queue *q, u32 bucket, u64 wait_ns, u32 generation,
-                        u32 kind) {
-  struct event *e = bpf_ringbuf_reserve(EVENTS, sizeof(struct event), 0);
-  if (!e) {
-    ADD(b->events_lost, 1);
-    return;
-  }
+/* What all events of a pickup have in common. */
+static inline void describe(void *sk, void *tp, struct queue *q, struct event *e) {
   u64 pid_tgid = bpf_get_current_pid_tgid();
-  __builtin_memset(e, 0, sizeof(*e));
   e->picked_ns = q->picked_ns;
-  e->wait_ns = wait_ns;
   e->tgid = pid_tgid >> 32;
   e->tid = pid_tgid;
   e->series = q->series;
-  e->generation = generation;
   e->segments = q->segments;
   e->bytes = q->bytes;
-  e->local_port = local_port_of(sk);
+  e->local_port = local_port_of(tp);
   e->remote_port = remote_port_of(sk);
-  e->role = role_of(sk);
-  e->bucket = bucket;
-  e->kind = kind;
+  e->role = q->role;
   e->family = addresses_of(sk, e->local_address, e->remote_address);
   bpf_get_current_comm(e->comm, sizeof(e->comm));
+}
+
+static inline void emit(struct books *b, struct event *e, u32 bucket, u64 wait_ns, u32 generation, u32 kind) {
+  e->bucket = bucket;
+  e->wait_ns = wait_ns;
+  e->generation = generation;
+  e->kind = kind;
   /* The reader polls on a timer. One wakeup as the buffer passes half: the window is wide enough for a few CPUs. */
   u64 used = bpf_ringbuf_query(EVENTS, BPF_RB_AVAIL_DATA), half = RING_BYTES / 2;
-  bpf_ringbuf_submit(e, used >= half && used < half + 4 * sizeof(*e) ? BPF_RB_FORCE_WAKEUP : BPF_RB_NO_WAKEUP);
+  u64 wakeup = used >= half && used < half + 4 * sizeof(*e) ? BPF_RB_FORCE_WAKEUP : BPF_RB_NO_WAKEUP;
+  if (bpf_ringbuf_output(EVENTS, e, sizeof(*e), wakeup)) ADD(b->events_lost, 1);
 }

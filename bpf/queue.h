@@ -62,37 +62,37 @@ static inline struct entry *youngest(struct queue *q) {
   return last ? &last->e[(q->spill_tail - 1) & (CHUNK - 1)] : 0;
 }
 
-/* Appends `count` segments of `length` bytes that end at `end`. With an empty pool they merge into the youngest entry:
- * their wait is then rounded up, and counted as such. */
-static inline void push(struct books *b, struct queue *q, u32 end, u32 count, u32 length, u64 at_ns) {
-  struct entry *e;
-  q->last_end = end;
+/* With an empty pool, more segments and a hole join the youngest entry: their wait is rounded up, and counted as such. */
+static inline void merge(struct books *b, struct queue *q, struct entry more) {
+  struct entry *e = youngest(q);
+  if (!e) return;
+  ADD(b->merged, more.count);
+  if (!e->count) e->at_ns = more.at_ns;
+  e->end = more.end;
+  e->count += more.count;
+  e->hole += more.hole;
+  e->length = 0;
+  if (q->spill_head == q->spill_tail) q->cold |= COLD_MIXED;
+  else q->spilled += more.count;
+}
+
+static inline void push(struct books *b, struct queue *q, struct entry fresh) {
+  q->last_end = fresh.end;
   if (q->spill_head == q->spill_tail && q->n < INLINE) {
-    e = &q->e[(q->head + q->n) & (INLINE - 1)];
+    q->e[(q->head + q->n) & (INLINE - 1)] = fresh;
     q->n++;
-    if (count != 1) q->cold |= COLD_MIXED;
-  } else {
-    struct chunk *c = chunk_for_push(q);
-    q->cold |= COLD_SPILL;
-    if (!c) {
-      ADD(b->merged, count);
-      e = youngest(q);
-      if (!e) return;
-      e->end = end;
-      e->count += count;
-      e->length = 0;
-      if (q->spill_head == q->spill_tail) q->cold |= COLD_MIXED;
-      else q->spilled += count;
-      return;
-    }
-    e = &c->e[q->spill_tail & (CHUNK - 1)];
-    q->spill_tail++;
-    q->spilled += count;
+    if (fresh.count != 1 || fresh.hole) q->cold |= COLD_MIXED;
+    return;
   }
-  e->at_ns = at_ns;
-  e->end = end;
-  e->count = count;
-  e->length = length;
+  struct chunk *c = chunk_for_push(q);
+  if (!c) {
+    merge(b, q, fresh);
+    return;
+  }
+  c->e[q->spill_tail & (CHUNK - 1)] = fresh;
+  q->spill_tail++;
+  q->spilled += fresh.count;
+  q->cold |= COLD_SPILL;
 }
 
 /* The stack threw the youngest segment away after tcp_probe: rcv_nxt did not move past it. */
@@ -104,14 +104,16 @@ static inline void drop_youngest(struct books *b, struct queue *q, u32 rcv_nxt) 
   if (!e || !e->count) return;
   ADD(b->dropped, 1);
   if (spilled) q->spilled--;
-  if (e->count > 1) { /* merged: only its last segment is gone */
+  if (e->count > 1 || e->hole) { /* merged: only its last segment is gone */
     e->count--;
     e->end = rcv_nxt;
-  } else if (spilled) { /* stays as an entry of nothing */
+  } else if (!spilled) {
+    q->n--;
+  } else if (q->spill_tail - q->spill_head > 1 && (q->spill_tail - 1) & (CHUNK - 1)) {
+    q->spill_tail--;
+  } else { /* the only one of its chunk stays, as an entry of nothing */
     e->count = e->length = 0;
     e->end = rcv_nxt;
-  } else {
-    q->n--;
   }
 }
 

@@ -35,7 +35,8 @@ static inline struct process_key process_of(void *task, u32 tgid) {
 }
 
 /* A port that connect() chose has a bind bucket of its own kind; a listener's children share the listener's bucket.
- * It holds for connections older than this program. A client that binds its own port looks like a server. */
+ * It holds for connections older than this program, but not for closed ones: they have no bucket. A client that binds its
+ * own port looks like a server. */
 static inline u8 role_of(void *sk) {
   void *bucket = copy_pointer(sk, OFF_inet_connection_sock_icsk_bind_hash);
   u8 fastreuse = 0;
@@ -60,7 +61,8 @@ static inline u16 addresses_of(void *sk, u8 *local, u8 *remote) {
   return AF_INET;
 }
 
-static inline u16 local_port_of(void *sk) { return copy_u32(sk, OFF_sock_common_skc_num); }
+/* skc_num is 0 once the connection is closed, and unread data may outlive that. */
+static inline u16 local_port_of(void *tp) { return bpf_ntohs((u16)copy_u32(tp, OFF_inet_sock_inet_sport)); }
 static inline u16 remote_port_of(void *sk) { return bpf_ntohs((u16)copy_u32(sk, OFF_sock_common_skc_dport)); }
 
 static inline void name_series(u32 number, void *task) {
@@ -76,12 +78,12 @@ static inline void name_series(u32 number, void *task) {
 }
 
 /* The series of this reader on this socket, made if need be. OVERFLOW when a map is full. */
-static inline u32 series_for(void *sk, u32 tgid) {
+static inline u32 series_for(void *sk, void *tp, u8 role, u32 tgid) {
   void *task = (void *)bpf_get_current_task();
   u8 local[16] = {}, remote[16] = {};
-  struct series_key key = {.process = process_of(task, tgid), .role = role_of(sk)};
+  struct series_key key = {.process = process_of(task, tgid), .role = role};
   key.family = addresses_of(sk, local, remote);
-  key.port = key.role == ROLE_CLIENT ? remote_port_of(sk) : local_port_of(sk);
+  key.port = key.role == ROLE_CLIENT ? remote_port_of(sk) : local_port_of(tp);
 #ifdef KEY_ADDRESS
   __builtin_memcpy(key.address, key.role == ROLE_CLIENT ? remote : local, 16);
 #endif
@@ -99,11 +101,11 @@ static inline u32 series_for(void *sk, u32 tgid) {
   return known ? *known : OVERFLOW;
 }
 
-static inline void remember_reader(struct books *b, void *sk, struct queue *q, u64 pid_tgid) {
+static inline void remember_reader(struct books *b, void *sk, void *tp, struct queue *q, u64 pid_tgid) {
   u32 tgid = pid_tgid >> 32, *epoch = epoch_of(tgid);
   q->epoch = epoch ? *(volatile u32 *)epoch : 0; /* before the look-up: what changes meanwhile is seen at the next pickup */
   q->outcome = outcome_for(pid_tgid);
-  q->series = q->outcome == OBSERVED ? series_for(sk, tgid) : SINK;
+  q->series = q->outcome == OBSERVED ? series_for(sk, tp, q->role, tgid) : SINK;
   q->reader = READER(pid_tgid);
   if (q->series == OVERFLOW) {
     ADD(b->series_overflowed, 1);

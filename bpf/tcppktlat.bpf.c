@@ -3,14 +3,14 @@
  * small. A hook's tail-called programs run as part of it: under the same socket lock and the same RCU read section.
  *
  *   tcp_probe              a segment has arrived                       probe, probe_slow, reconnect
- *   tcp_rcv_space_adjust   a reader has copied bytes                   adjust, adjust_slow, drain, emit_events
+ *   tcp_rcv_space_adjust   a reader has copied bytes                   adjust, adjust_slow, drain, emit_events, renew
  *   tcp_destroy_sock       the socket goes                             destroy
  *   sched_process_exec, sched_process_exit                             process_exec, process_exit
  */
 
-static inline int port_filtered(void *sk) {
+static inline int port_filtered(void *sk, void *tp) {
 #ifdef FILTER_LPORT
-  if (load_u16(sk, OFF_sock_common_skc_num) != FILTER_LPORT) return 1;
+  if (load_u16(tp, OFF_inet_sock_inet_sport) != bpf_htons(FILTER_LPORT)) return 1;
 #endif
 #ifdef FILTER_RPORT
   if (load_u16(sk, OFF_sock_common_skc_dport) != bpf_htons(FILTER_RPORT)) return 1;
@@ -27,6 +27,7 @@ static inline struct queue *begin_queue(struct books *b, void *sk, void *tp, u32
   ADD(b->sockets_opened, 1);
   q->base = connection_base(tp, rcv_nxt);
   q->last_end = load_u32(tp, OFF_tcp_sock_copied_seq);
+  q->role = role_of(sk);
   return q;
 }
 
@@ -35,10 +36,9 @@ int probe(u64 *ctx) {
   void *sk = (void *)ctx[0];
   struct span_of_bytes data = data_of((void *)ctx[1]);
   if (data.end == data.start) return 0;
-  if (port_filtered(sk)) return 0;
   struct books *b = books_of_cpu();
   void *tp = tcp_sock_of(sk);
-  if (!b || !tp) return 0;
+  if (!b || !tp || port_filtered(sk, tp)) return 0;
   ADD(b->received, 1);
   u32 rcv_nxt = load_u32(tp, OFF_tcp_sock_rcv_nxt);
   struct queue *q = queue_of(sk);
@@ -52,6 +52,7 @@ int probe(u64 *ctx) {
   e->end = data.end;
   e->count = 1;
   e->length = data.end - data.start;
+  e->hole = 0;
   q->last_end = data.end;
   q->n++;
   return 0;
@@ -83,7 +84,7 @@ int probe_slow(u64 *ctx) {
     probe_tails.call(ctx, TAIL_RECONNECT);
     return 0;
   }
-  if (reconcile(b, q, tp, rcv_nxt)) probe_tails.call(ctx, TAIL_PROBE_SLOW);
+  if (reconcile(b, q, sk, tp, rcv_nxt)) probe_tails.call(ctx, TAIL_PROBE_SLOW);
   if (!after(data.end, rcv_nxt)) {
     ADD(b->duplicate, 1);
     return 0;
@@ -96,35 +97,44 @@ int probe_slow(u64 *ctx) {
     return 0;
   }
   q->in_order_at_ns = bpf_ktime_get_ns();
-  push(b, q, data.end, 1, data.end - rcv_nxt, q->in_order_at_ns);
+  struct entry fresh = {.at_ns = q->in_order_at_ns, .end = data.end, .count = 1, .length = data.end - rcv_nxt};
+  push(b, q, fresh);
   return 0;
 }
 
-/* The socket was disconnected (tcp_disconnect() threw its queue away) and connected anew. */
-int reconnect(u64 *ctx) {
-  void *sk = (void *)ctx[0];
+/* The socket was disconnected (tcp_disconnect() threw its queue away) and connected anew. Returns 1 if there is more. */
+static inline int start_anew(void *sk) {
   struct books *b = books_of_cpu();
   struct queue *q = queue_of(sk);
   void *tp = tcp_sock_of(sk);
   if (!b || !q || !tp) return 0;
-  if (discard(b, q)) probe_tails.call(ctx, TAIL_RECONNECT);
-  q->base = connection_base(tp, load_u32(tp, OFF_tcp_sock_rcv_nxt));
-  q->last_end = load_u32(tp, OFF_tcp_sock_copied_seq);
+  if (discard(b, q)) return 1;
+  q->last_end = q->base = connection_base(tp, load_u32(tp, OFF_tcp_sock_rcv_nxt));
+  q->role = role_of(sk);
   q->reader = 0;
+  return 0;
+}
+
+int reconnect(u64 *ctx) {
+  if (start_anew((void *)ctx[0])) probe_tails.call(ctx, TAIL_RECONNECT);
   probe_tails.call(ctx, TAIL_PROBE_SLOW);
+  return 0;
+}
+
+int renew(u64 *ctx) {
+  if (start_anew((void *)ctx[0])) adjust_tails.call(ctx, TAIL_RENEW);
+  adjust_tails.call(ctx, TAIL_ADJUST_SLOW);
   return 0;
 }
 
 /* tcp_rcv_space_adjust: the reader that is known, on a socket with nothing but whole segments in its ring. */
 int adjust(u64 *ctx) {
   void *sk = (void *)ctx[0];
-  if (port_filtered(sk)) return 0;
-  struct queue *q = queue_of(sk);
-  if (!q) return 0;
   void *tp = tcp_sock_of(sk);
-  if (!tp) return 0;
+  if (!tp || port_filtered(sk, tp)) return 0;
   u32 copied = load_u32(tp, OFF_tcp_sock_copied_seq);
-  if (unlikely(q->cold || after(copied, q->last_end))) {
+  struct queue *q = queue_of(sk);
+  if (unlikely(!q || q->cold || q->last_end - copied > MAX_WINDOW)) {
     adjust_tails.call(ctx, TAIL_ADJUST_SLOW);
     return 0;
   }
@@ -155,12 +165,21 @@ int adjust_slow(u64 *ctx) {
   void *tp = tcp_sock_of(sk);
   int zero = 0;
   struct sink to = {.active = active_histograms(), .table = bounds.lookup(&zero)};
-  if (!b || !q || !tp || !to.table) return 0;
-  u32 copied = load_u32(tp, OFF_tcp_sock_copied_seq);
-  if (reconcile(b, q, tp, load_u32(tp, OFF_tcp_sock_rcv_nxt))) adjust_tails.call(ctx, TAIL_ADJUST_SLOW);
+  if (!b || !tp || !to.table) return 0;
+  u32 copied = load_u32(tp, OFF_tcp_sock_copied_seq), rcv_nxt = load_u32(tp, OFF_tcp_sock_rcv_nxt);
+  if (!q) { /* nothing of what it read passed tcp_probe: it came after the socket's own FIN, or before this program */
+    q = begin_queue(b, sk, tp, rcv_nxt);
+    if (!q) return 0;
+    if (load_u8(sk, OFF_sock_sk_shutdown) & SEND_SHUTDOWN) q->last_end = q->base;
+  }
+  if (q->last_end != rcv_nxt && connection_base(tp, rcv_nxt) != q->base) {
+    adjust_tails.call(ctx, TAIL_RENEW);
+    return 0;
+  }
+  if (reconcile(b, q, sk, tp, rcv_nxt)) adjust_tails.call(ctx, TAIL_ADJUST_SLOW);
   u64 pid_tgid = bpf_get_current_pid_tgid();
   u32 *epoch = epoch_of(pid_tgid >> 32);
-  if (q->reader != READER(pid_tgid) || !epoch || q->epoch != *epoch) remember_reader(b, sk, q, pid_tgid);
+  if (q->reader != READER(pid_tgid) || !epoch || q->epoch != *epoch) remember_reader(b, sk, tp, q, pid_tgid);
   to.h = histogram_of(to.active, q->series);
   if (!to.h) return 0;
   begin_pickup(q);
@@ -230,26 +249,17 @@ int emit_events(u64 *ctx) {
   int zero = 0;
   struct bounds *table = bounds.lookup(&zero);
   struct firsts *f = firsts.lookup(&zero);
-  if (!b || !q || !table || !f) return 0;
-#if ROWS
-  u32 row_bucket = q->longest_ns >= MIN_NS ? bucket_of(table, q->longest_ns) : 256;
-#else
-  u32 row_bucket = 256;
-#endif
-#if EXEMPLARS
+  void *tp = tcp_sock_of(sk);
+  if (!b || !q || !table || !f || !tp) return 0;
+  struct event e = {};
+  describe(sk, tp, q, &e);
+  q->at = ROWS && q->longest_ns >= MIN_NS ? bucket_of(table, q->longest_ns) : 256;
   for (u32 i = 0; i < BUCKETS; i++) { KEEP(i);
     struct first *first = &f->of_bucket[i & 255];
-    u64 wait_ns = first->wait_ns;
-    u32 kind = q->firsts && first->pickup_ns == q->picked_ns ? KIND_EXEMPLAR : 0;
-    if (i == row_bucket) {
-      kind |= KIND_ROW;
-      wait_ns = q->longest_ns;
-    }
-    if (kind) emit(b, sk, q, i, wait_ns, first->generation, kind);
+    u64 row = i == q->at, wait_ns = first->wait_ns;
+    u32 kind = EXEMPLARS && q->firsts && first->pickup_ns == q->picked_ns ? KIND_EXEMPLAR : 0;
+    if (kind | row) emit(b, &e, i, row ? q->longest_ns : wait_ns, first->generation, kind | row * KIND_ROW);
   }
-#else
-  if (row_bucket < 256) emit(b, sk, q, row_bucket, q->longest_ns, 0, KIND_ROW);
-#endif
   return 0;
 }
 
@@ -258,7 +268,13 @@ int destroy(u64 *ctx) {
   void *sk = (void *)ctx[0];
   struct books *b = books_of_cpu();
   struct queue *q = queue_of(sk);
-  if (!b || !q) return 0;
+  void *tp = tcp_sock_of(sk);
+  if (!b || !q || !tp) return 0;
+  u32 rcv_nxt = load_u32(tp, OFF_tcp_sock_rcv_nxt);
+  if (connection_base(tp, rcv_nxt) == q->base) { /* else tcp_disconnect() was here */
+    if (q->cold & COLD_ASIDE && !aside_dropped(b, q, tp)) q->gapped++;
+    if (after(q->last_end, rcv_nxt)) drop_youngest(b, q, rcv_nxt);
+  }
   if (discard(b, q)) destroy_tails.call(ctx, TAIL_DISCARD);
   ADD(b->sockets_closed, 1);
   forget_queue(sk);

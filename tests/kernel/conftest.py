@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+
 from kernel.traced import Load, Traced
 from support.tun import TunPeer
 

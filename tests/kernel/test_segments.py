@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 import pytest
+
 from kernel.traced import Traced, accept, queued, read_all
 from support.tun import Conversation, Family, TunPeer, expected, tcp_info_data_segs_in
 
@@ -217,7 +218,7 @@ def test_dropped_beyond_the_window(traced: Traced, peer: TunPeer) -> None:
 
 
 def test_dropped_for_want_of_memory(traced: Traced, peer: TunPeer) -> None:
-    """A small buffer, full of tiny segments: the stack drops what comes in sequence, and takes it when it comes again."""
+    """A small buffer full of tiny segments: the stack drops the next one, and takes it when it comes again."""
     conversation = accept(peer, rcvbuf=4096)
     sent = 0
     while conversation.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 232)[128:136] == sent.to_bytes(

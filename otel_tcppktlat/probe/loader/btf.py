@@ -18,7 +18,7 @@ KIND_STRUCT, KIND_UNION, KIND_TYPEDEF = 4, 5, 8
 FIELDS: tuple[Field, ...] = (
     ("sk_buff", "cb"), ("tcp_skb_cb", "seq"), ("tcp_skb_cb", "end_seq"), ("tcp_skb_cb", "tcp_flags"),
     ("tcp_sock", "rcv_nxt"), ("tcp_sock", "copied_seq"), ("tcp_sock", "rcv_ooopack"), ("tcp_sock", "bytes_received"),
-    ("sock_common", "skc_num"), ("sock_common", "skc_dport"), ("sock_common", "skc_family"),
+    ("sock", "sk_shutdown"), ("inet_sock", "inet_sport"), ("sock_common", "skc_dport"), ("sock_common", "skc_family"),
     ("sock_common", "skc_daddr"), ("sock_common", "skc_rcv_saddr"),
     ("inet_connection_sock", "icsk_bind_hash"), ("inet_bind_bucket", "fastreuse"),
     ("task_struct", "tgid"), ("task_struct", "group_leader"), ("task_struct", "start_time"),

@@ -34,6 +34,7 @@ HOOKS = (
     Hook("adjust_slow", "tcp_rcv_space_adjust", ("adjust_tails", 0)),
     Hook("drain", "tcp_rcv_space_adjust", ("adjust_tails", 1)),
     Hook("emit_events", "tcp_rcv_space_adjust", ("adjust_tails", 2)),
+    Hook("renew", "tcp_rcv_space_adjust", ("adjust_tails", 3)),
     Hook("destroy", "tcp_destroy_sock", ("destroy_tails", 0)),
     Hook("probe", "tcp_probe"),
     Hook("adjust", "tcp_rcv_space_adjust"),
