@@ -7,7 +7,11 @@
 
 /* First in every loop: clang drops a counter where another condition ends the loop too, and the verifier then sees no end. */
 #define KEEP(i) asm volatile("" : "+r"(i))
-#define ADD(counter, n) lock_xadd(&(counter), n)
+/* An atomic addition with no result: clang would now and then make it one with, which 5.10 does not have. */
+#define ADD(counter, n) do { \
+    if (sizeof(counter) == 8) asm volatile("lock *(u64 *)%0 += %1" : "+m"(counter) : "r"((u64)(n))); \
+    else asm volatile("lock *(u32 *)%0 += %1" : "+m"(counter) : "r"((u64)(n))); \
+  } while (0)
 #define unlikely(x) __builtin_expect(!!(x), 0)
 
 #define MAX_WINDOW (1u << 30) /* RFC 7323, section 2.3: no more can be unread */
