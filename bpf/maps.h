@@ -39,6 +39,7 @@ struct queue {
   u64 in_order_at_ns; /* arrival of the segment that may have closed the gap */
   u64 picked_ns, longest_ns, sum_ns; /* the pickup that is being worked on; here for the same reason */
   u32 segments, bytes, undescribed, firsts;
+  u32 side, unused;
 };
 #define COLD_SPILL 1
 #define COLD_GAP 2
@@ -74,20 +75,20 @@ struct identity {
   char comm[16], executable[64];
 };
 
-/* One interval of one series on one set of CPUs. User space zeroes it after each interval. */
+/* One series on one set of CPUs. There are two sides: one is filled in an interval, while user space reads and zeroes the
+ * other. A pickup belongs to an interval by its time. */
 struct histogram {
   u64 sum_ns;
   u32 bucket[BUCKETS];
 };
 #define OVERFLOW 0 /* series for what exceeds the map */
 #define SINK 1     /* series for what is not to be shown: own, filtered */
-#define SLOTS (MAX_SERIES * COPIES + 1)
-#define GENERATION_SLOT (MAX_SERIES * COPIES) /* its sum_ns is the number of the interval */
+#define SLOTS (MAX_SERIES * COPIES)
 
 struct event {
   u64 picked_ns, wait_ns;
   u32 tgid, tid;
-  u32 series, generation;
+  u32 series, side;
   u32 segments, bytes;
   u16 local_port, remote_port, family;
   u8 bucket, kind;
@@ -100,10 +101,7 @@ struct event {
 
 /* The first wait of each bucket in one pickup, until they become events. One array per CPU: `pickup_ns`, its time,
  * tells whose it is. */
-struct first {
-  u64 pickup_ns, wait_ns;
-  u32 generation, unused;
-};
+struct first { u64 pickup_ns, wait_ns; };
 struct firsts { struct first of_bucket[256]; };
 struct bounds { u64 upper_ns[256]; };
 
@@ -121,9 +119,9 @@ BPF_ARRAY(epochs, u32, EPOCHS);                           /* by tgid: grows when
 BPF_HASH(series, struct series_key, u32, MAX_SERIES);
 BPF_QUEUE(free_series, u32, MAX_SERIES);
 BPF_ARRAY(identities, struct identity, MAX_SERIES);
-BPF_ARRAY(histograms_even, struct histogram, SLOTS);
-BPF_ARRAY(histograms_odd, struct histogram, SLOTS);
-BPF_ARRAY_OF_MAPS(histograms, "histograms_even", 1);
+BPF_ARRAY(histograms, struct histogram, 2 * SLOTS);
+BPF_ARRAY(interval, u64, 1); /* when the running one begins or has begun; its lowest bit says which side it fills */
+BPF_ARRAY_OF_MAPS(barrier, "interval", 1); /* an update waits for the programs that run: maybe_wait_bpf_programs() */
 BPF_ARRAY(bounds, struct bounds, 1);
 BPF_PERCPU_ARRAY(firsts, struct firsts, 1);
 /* The ring buffer of events. The loader makes it: bcc 0.26 has no bpf_ringbuf_query() for its own. */

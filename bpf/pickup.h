@@ -2,7 +2,6 @@
 /* A pickup: a reader's copied_seq has moved, which completes every entry that ends at or before it. */
 
 struct sink { /* where its waits go */
-  void *active; /* the interval's histograms */
   struct histogram *h;
   struct bounds *table;
 };
@@ -13,13 +12,12 @@ static inline struct first *first_of(u32 bucket) {
   return firsts_of_cpu ? &firsts_of_cpu->of_bucket[bucket & 255] : 0;
 }
 
-/* The first wait of a bucket in this interval and on these CPUs: user space has zeroed the histogram after the last one. */
-static inline void note_first(struct queue *q, struct sink *to, u32 bucket, u64 wait_ns) {
+/* The first wait of a bucket in this interval and on these CPUs: its histogram was zero when the interval began. */
+static inline void note_first(struct queue *q, u32 bucket, u64 wait_ns) {
   struct first *f = first_of(bucket);
   if (!f || q->outcome != OBSERVED) return;
   f->pickup_ns = q->picked_ns;
   f->wait_ns = wait_ns;
-  f->generation = generation_of(to->active);
   q->firsts = 1;
 }
 
@@ -32,7 +30,7 @@ static inline void complete(struct entry *e, struct queue *q, struct sink *to) {
   if (wait_ns > q->longest_ns) q->longest_ns = wait_ns;
   u32 bucket = bucket_of(to->table, wait_ns);
 #if EXEMPLARS
-  if (unlikely(!to->h->bucket[bucket])) note_first(q, to, bucket, wait_ns);
+  if (unlikely(!to->h->bucket[bucket])) note_first(q, bucket, wait_ns);
 #endif
   ADD(to->h->bucket[bucket], count);
   q->sum_ns += wait_ns * count;
@@ -41,7 +39,7 @@ static inline void complete(struct entry *e, struct queue *q, struct sink *to) {
 }
 
 /* complete() without a branch: the verifier follows both ways of each one, for every entry of a long loop. */
-static inline void complete_in_bulk(struct entry *e, struct queue *q, struct sink *to, struct firsts *noted, u32 generation) {
+static inline void complete_in_bulk(struct entry *e, struct queue *q, struct sink *to, struct firsts *noted) {
   u64 count = e->count, length = e->length, wait_ns = q->picked_ns - e->at_ns, counted = is_less(0, count);
   u64 longest_ns = q->longest_ns;
   u32 bucket = bucket_of(to->table, wait_ns);
@@ -53,7 +51,6 @@ static inline void complete_in_bulk(struct entry *e, struct queue *q, struct sin
   u64 pickup_ns = f->pickup_ns, first_ns = f->wait_ns;
   f->pickup_ns = pickup_ns + (q->picked_ns - pickup_ns) * fresh;
   f->wait_ns = first_ns + (wait_ns - first_ns) * fresh;
-  f->generation = generation;
   q->firsts |= fresh;
 #endif
   ADD(to->h->bucket[bucket], count);
@@ -89,6 +86,7 @@ static inline void complete_ring(u32 copied, struct queue *q, struct sink *to) {
 
 static inline void begin_pickup(struct queue *q) {
   q->picked_ns = bpf_ktime_get_ns();
+  q->side = side_at(q->picked_ns);
   q->longest_ns = q->sum_ns = 0;
   q->segments = q->bytes = q->undescribed = q->firsts = 0;
 }
@@ -118,6 +116,7 @@ static inline void describe(void *sk, void *tp, struct queue *q, struct event *e
   e->tgid = pid_tgid >> 32;
   e->tid = pid_tgid;
   e->series = q->series;
+  e->side = q->side;
   e->segments = q->segments;
   e->bytes = q->bytes;
   e->local_port = local_port_of(tp);
@@ -127,10 +126,9 @@ static inline void describe(void *sk, void *tp, struct queue *q, struct event *e
   bpf_get_current_comm(e->comm, sizeof(e->comm));
 }
 
-static inline void emit(struct books *b, struct event *e, u32 bucket, u64 wait_ns, u32 generation, u32 kind) {
+static inline void emit(struct books *b, struct event *e, u32 bucket, u64 wait_ns, u32 kind) {
   e->bucket = bucket;
   e->wait_ns = wait_ns;
-  e->generation = generation;
   e->kind = kind;
   /* The reader polls on a timer. One wakeup as the buffer passes half: the window is wide enough for a few CPUs. */
   u64 used = bpf_ringbuf_query(EVENTS, BPF_RB_AVAIL_DATA), half = RING_BYTES / 2;

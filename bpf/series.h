@@ -124,24 +124,19 @@ static inline void process_gone(struct process_key process) {
   if (b) ADD(b->processes_gone, 1);
 }
 
-/* The interval's histograms. User space exchanges the two maps; the exchange waits for the programs that use the old one. */
-static inline void *active_histograms(void) {
+/* The side of the interval that a time belongs to. User space sets the beginning of the next one ahead. */
+static inline u32 side_at(u64 now_ns) {
   int zero = 0;
-  return histograms.lookup(&zero);
+  u64 *began = interval.lookup(&zero), began_ns = began ? *(volatile u64 *)began : 0;
+  return (began_ns ^ is_less(now_ns, began_ns)) & 1;
 }
 
-static inline struct histogram *histogram_of(void *active, u32 number) {
-  if (!active) return 0;
+static inline struct histogram *histogram_of(u32 side, u32 number) {
 #if COPIES > 1
   number = number * COPIES + (bpf_get_smp_processor_id() & (COPIES - 1));
 #endif
-  return bpf_map_lookup_elem(active, &number);
-}
-
-static inline u32 generation_of(void *active) {
-  u32 slot = GENERATION_SLOT;
-  struct histogram *tag = bpf_map_lookup_elem(active, &slot);
-  return tag ? tag->sum_ns : 0;
+  number += side * SLOTS;
+  return histograms.lookup(&number);
 }
 
 /* How many upper bounds are below `ns`: bisection without a branch, over a table padded with the largest number. */

@@ -147,10 +147,10 @@ int adjust(u64 *ctx) {
   }
   int zero = 0;
   struct books *b = books_of_cpu();
-  struct sink to = {.active = active_histograms(), .table = bounds.lookup(&zero)};
-  to.h = histogram_of(to.active, q->series);
-  if (!b || !to.table || !to.h) return 0;
+  struct sink to = {.table = bounds.lookup(&zero)};
   begin_pickup(q);
+  to.h = histogram_of(q->side, q->series);
+  if (!b || !to.table || !to.h) return 0;
   complete_ring(copied, q, &to);
   end_pickup(b, q, &to);
   if (notable(q)) adjust_tails.call(ctx, TAIL_EMIT);
@@ -164,7 +164,7 @@ int adjust_slow(u64 *ctx) {
   struct queue *q = queue_of(sk);
   void *tp = tcp_sock_of(sk);
   int zero = 0;
-  struct sink to = {.active = active_histograms(), .table = bounds.lookup(&zero)};
+  struct sink to = {.table = bounds.lookup(&zero)};
   if (!b || !tp || !to.table) return 0;
   u32 copied = load_u32(tp, OFF_tcp_sock_copied_seq), rcv_nxt = load_u32(tp, OFF_tcp_sock_rcv_nxt);
   if (!q) { /* nothing of what it read passed tcp_probe: it came after the socket's own FIN, or before this program */
@@ -180,9 +180,9 @@ int adjust_slow(u64 *ctx) {
   u64 pid_tgid = bpf_get_current_pid_tgid();
   u32 *epoch = epoch_of(pid_tgid >> 32);
   if (q->reader != READER(pid_tgid) || !epoch || q->epoch != *epoch) remember_reader(b, sk, tp, q, pid_tgid);
-  to.h = histogram_of(to.active, q->series);
-  if (!to.h) return 0;
   begin_pickup(q);
+  to.h = histogram_of(q->side, q->series);
+  if (!to.h) return 0;
   complete_ring(copied, q, &to);
   if (q->n) complete_part(&q->e[q->head & (INLINE - 1)], copied, q, &to);
   else q->cold &= ~COLD_MIXED;
@@ -199,11 +199,11 @@ int drain(u64 *ctx) {
   struct queue *q = queue_of(sk);
   void *tp = tcp_sock_of(sk);
   int zero = 0;
-  struct sink to = {.active = active_histograms(), .table = bounds.lookup(&zero)};
+  struct sink to = {.table = bounds.lookup(&zero)};
   if (!b || !q || !tp || !to.table) return 0;
-  to.h = histogram_of(to.active, q->series);
+  to.h = histogram_of(q->side, q->series);
   if (!to.h) return 0;
-  u32 copied = load_u32(tp, OFF_tcp_sock_copied_seq), generation = generation_of(to.active), more = 1;
+  u32 copied = load_u32(tp, OFF_tcp_sock_copied_seq), more = 1;
   struct firsts *noted = firsts.lookup(&zero);
   u32 segments = q->segments;
   if (!noted) return 0;
@@ -217,7 +217,7 @@ int drain(u64 *ctx) {
       struct entry *e = &c->e[position & (CHUNK - 1)];
       u64 unread = (u64)(s64)(s32)(copied - e->end) >> 63;
       if (is_less(0, limit - position) & ~unread) {
-        complete_in_bulk(e, q, &to, noted, generation);
+        complete_in_bulk(e, q, &to, noted);
         q->spill_head = position + 1;
       } else break;
     }
@@ -258,7 +258,7 @@ int emit_events(u64 *ctx) {
     struct first *first = &f->of_bucket[i & 255];
     u64 row = i == q->at, wait_ns = first->wait_ns;
     u32 kind = EXEMPLARS && q->firsts && first->pickup_ns == q->picked_ns ? KIND_EXEMPLAR : 0;
-    if (kind | row) emit(b, &e, i, row ? q->longest_ns : wait_ns, first->generation, kind | row * KIND_ROW);
+    if (kind | row) emit(b, &e, i, row ? q->longest_ns : wait_ns, kind | row * KIND_ROW);
   }
   return 0;
 }

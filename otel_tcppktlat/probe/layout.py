@@ -57,7 +57,7 @@ class Event(ct.Structure):
         ("tgid", ct.c_uint32),
         ("tid", ct.c_uint32),
         ("series", ct.c_uint32),
-        ("generation", ct.c_uint32),
+        ("side", ct.c_uint32),
         ("segments", ct.c_uint32),
         ("bytes", ct.c_uint32),
         ("local_port", ct.c_uint16),

@@ -114,11 +114,12 @@ class Map:
                 return
             start = position
 
-    def head(self, length: int) -> bytes:
-        """The first `length` values of an array, one after the other."""
+    def values(self, start: int, length: int) -> bytes:
+        """`length` values of an array, one after the other, from index `start` on."""
         keys, values = (ct.create_string_buffer(size * length) for size in (4, self.value_bytes))
         count, position = ct.c_uint32(length), ct.create_string_buffer(8)
-        result = self._lib.bpf_map_lookup_batch(self.fd, None, position, keys, values, ct.byref(count), None)
+        before = (start - 1).to_bytes(4, "little") if start else None  # the kernel goes on behind this index
+        result = self._lib.bpf_map_lookup_batch(self.fd, before, position, keys, values, ct.byref(count), None)
         if result not in (0, -errno.ENOENT):
             _check(result, "map batch")
         return values.raw[: count.value * self.value_bytes]

@@ -1,8 +1,8 @@
 """The agent's side of the kernel programs: starts them, and takes from the maps what each interval brought.
 
-An interval ends when its histograms are exchanged for the other, empty ones. The exchange is an update of a map of maps,
-which returns only after every program that uses the old one has ended (maybe_wait_bpf_programs() in kernel/bpf/syscall.c),
-so that counts and events of an interval belong together and no observation falls between two.
+Histograms have two sides, and a pickup's time says which one it goes to. An interval ends at a time that is set a little
+ahead; then an update of a map of maps waits for every program that still runs (maybe_wait_bpf_programs() in
+kernel/bpf/syscall.c). So counts, sums and events of an interval belong together, and no observation falls between two.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import ctypes as ct
 import struct
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from .launch import Loaded, Loader
@@ -34,6 +34,7 @@ MAX_COPIES = 4  # of each series' histogram, shared by CPUs
 DRAIN_CHUNKS = 56  # a program's share of a long queue; 33 tail calls of it drain 100,000 entries
 RING_BYTES = 1 << 20
 _ZERO_KEY = bytes(4)
+_AHEAD_NS = 5_000_000
 
 
 @dataclass(frozen=True)
@@ -80,12 +81,16 @@ class Delta:
 
 @dataclass(frozen=True)
 class Harvest:
-    """One interval. Times are CLOCK_MONOTONIC in ns; events are the interval's exemplar candidates, with their series."""
+    """One interval. Times are CLOCK_MONOTONIC in ns; events are the interval's exemplar candidates, with their series.
+
+    `live` has the series by the number that the interval's events give; the overflow series is not in it.
+    """
 
     began_ns: int
     ended_ns: int
     deltas: list[Delta]
     exemplars: list[tuple[Series | None, Event]]
+    live: Mapping[int, Series]
 
 
 @dataclass
@@ -138,6 +143,10 @@ class Probe:
             defines["KEY_ADDRESS"] = None
         return defines
 
+    def starting_fd(self) -> int:
+        """Becomes readable when open() has no more to wait for."""
+        return self._loader.fileno()
+
     def open(self) -> Loaded:
         """Waits until the programs are attached. Raises ProbeError with one line that says what to do."""
         loaded = self._loader.finish()
@@ -153,12 +162,13 @@ class Probe:
         self._series = opened("series", ct.sizeof(SeriesKey), 4)
         self._free_series = opened("free_series", 0, 4)
         self._identities = opened("identities", 4, ct.sizeof(Identity))
-        self._sides = (opened("histograms_even", 4, value_bytes), opened("histograms_odd", 4, value_bytes))
-        self._active = opened("histograms", 4, 4)
+        self._histograms = opened("histograms", 4, value_bytes)
+        self._interval = opened("interval", 4, 8)
+        self._barrier = opened("barrier", 4, 4)
         self._histogram = struct.Struct(f"<Q{self._options.buckets}I")
-        self._generation = 0
+        self._side = 0
         self._began_ns = time.monotonic_ns()
-        self._intervals: dict[int, _Interval] = {}
+        self._intervals = (_Interval(), _Interval())  # of each side
         self._live: dict[int, Series] = {}
         self._retiring: dict[int, int] = {}  # index: intervals until its last count is in
         self._gone_seen = 0
@@ -179,7 +189,7 @@ class Probe:
         if event.kind & KIND_ROW and self._on_row:
             self._on_row(event)
         if event.kind & KIND_EXEMPLAR:
-            slowest = self._intervals.setdefault(event.generation, _Interval()).exemplars
+            slowest = self._intervals[event.side].exemplars
             known = slowest.get((event.series, event.bucket))
             if known is None or known.wait_ns < event.wait_ns:
                 slowest[event.series, event.bucket] = event
@@ -212,23 +222,22 @@ class Probe:
     def harvest(self) -> Harvest:
         """Ends the interval and returns it."""
         with self._lock:
-            old = self._sides[self._generation & 1]
-            new = self._sides[(self._generation + 1) & 1]
-            tag = self._options.max_series * self._copies
-            new.update(struct.pack("<I", tag), self._histogram.pack(self._generation + 1, *[0] * self._options.buckets))
-            began_ns, called_ns = self._began_ns, time.monotonic_ns()
-            self._active.update(_ZERO_KEY, struct.pack("<I", new.fd))
-            ended, self._generation = self._generation, self._generation + 1
+            old, self._side = self._side, 1 - self._side
+            began_ns, ended_ns = self._began_ns, (time.monotonic_ns() + _AHEAD_NS) & ~1 | self._side
+            self._interval.update(_ZERO_KEY, struct.pack("<Q", ended_ns))
+            while (ahead_ns := ended_ns - time.monotonic_ns()) > 0:
+                time.sleep(ahead_ns / 1e9)
+            self._barrier.update(_ZERO_KEY, struct.pack("<I", self._interval.fd))
             self._ring.consume()
             self._read_series()
             deltas = self._read_histograms(old)
-            interval = self._intervals.pop(ended, _Interval())
-            candidates = [(self._live.get(event.series), event) for event in interval.exemplars.values()]
-            # Old programs took their time at or before the exchange, new ones after it.
-            ended_ns = max([called_ns, *(event.picked_ns for _, event in candidates)])
-            self._began_ns = ended_ns
+            events = list(self._intervals[old].exemplars.values())
+            self._intervals[old].exemplars.clear()
+            candidates = [(self._live.get(event.series), event) for event in events]
+            self._began_ns = ended_ns = max([ended_ns, *(event.picked_ns for event in events)])  # if set too late
+            live = dict(self._live)
             self._retire()
-            return Harvest(began_ns, ended_ns, deltas, candidates)
+            return Harvest(began_ns, ended_ns, deltas, candidates, live)
 
     def _read_series(self) -> None:
         for key, value in self._series.items():
@@ -238,9 +247,10 @@ class Probe:
                 assert identity is not None
                 self._live[index] = Series(SeriesKey.from_buffer_copy(key), Identity.from_buffer_copy(identity))
 
-    def _read_histograms(self, side: Map) -> list[Delta]:
+    def _read_histograms(self, side: int) -> list[Delta]:
         used = max(self._live, default=OVERFLOW_SERIES) + 1
-        raw, size = side.head(used * self._copies), side.value_bytes
+        start, size = side * self._options.max_series * self._copies, self._histograms.value_bytes
+        raw = self._histograms.values(start, used * self._copies)
         empty = bytes(size)
         deltas: list[Delta] = []
         touched: list[int] = []
@@ -249,12 +259,12 @@ class Probe:
             filled = [slot for slot in slots if raw[slot * size : (slot + 1) * size] != empty]
             if not filled:
                 continue
-            touched += filled
+            touched += [start + slot for slot in filled]
             numbers = [self._histogram.unpack_from(raw, slot * size) for slot in filled]
             total = [sum(column) for column in zip(*numbers, strict=True)]
             series = None if index == OVERFLOW_SERIES else self._live[index]
             deltas.append(Delta(series, total[0], total[1 : len(self._options.bounds_ns) + 2]))
-        side.zero(touched)
+        self._histograms.zero(touched)
         return deltas
 
     def _retire(self) -> None:
@@ -270,10 +280,11 @@ class Probe:
             return
         self._gone_seen = counted
         gone = {key for key, gone_ns in self._processes.items() if any(gone_ns)}
+        self._read_series()  # once more: some may have begun and gone since
         for index, series in self._live.items():
             if bytes(series.key.process) in gone and index not in self._retiring:
                 self._series.delete(bytes(series.key))
-                self._retiring[index] = len(self._sides)
+                self._retiring[index] = 2  # sides
         for key in gone:
             self._processes.delete(key)
 

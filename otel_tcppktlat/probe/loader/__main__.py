@@ -23,10 +23,11 @@ from .program import LoadError, Programs, read_source
 from .shim import write_tree
 
 MAPS = (
-    "books", "processes", "series", "free_series", "identities", "histograms_even", "histograms_odd", "histograms",
+    "books", "processes", "series", "free_series", "identities", "histograms", "interval", "barrier",
     "free_chunks", "chunks", "epochs",
     "probe_tails", "adjust_tails", "destroy_tails",  # the kernel empties a table whose last descriptor is closed
 )  # fmt: skip
+OLDEST_KERNEL = (5, 10)
 MAP_TYPE_RINGBUF = 27
 BOUNDS = 256  # struct bounds
 NEVER_NS = 2**63 - 1
@@ -73,6 +74,12 @@ def _kernel_version() -> tuple[int, int]:
     return int(major), int("".join(c for c in minor if c.isdigit()))
 
 
+def _check_kernel() -> None:
+    if _kernel_version() < OLDEST_KERNEL:
+        oldest = ".".join(map(str, OLDEST_KERNEL))
+        raise Refusal(f"Linux {os.uname().release} is too old: it takes {oldest} or later")
+
+
 def _choose_flavour(asked: str, btf: Optional[Btf]) -> str:
     """`typed` needs BTF and socket storage in tracing programs, which came with 5.11."""
     possible = btf is not None and _kernel_version() >= (5, 11)
@@ -107,8 +114,9 @@ def _fill(libbpf: ct.CDLL, fd: int, key: Optional[bytes], value: bytes) -> None:
 def load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
     """Does what the request asks; raises Refusal or LoadError."""
     began = time.monotonic()
+    _check_kernel()
     libbpf = _load_libbpf()
-    if os.geteuid() != 0 and not _has_bpf_capabilities():
+    if not _has_bpf_capabilities():
         raise Refusal("loading eBPF programs needs root, or CAP_BPF and CAP_PERFMON: run it with sudo")
     bcc = _import_bcc()
     imported = time.monotonic()
@@ -151,7 +159,6 @@ def load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
     bounds_ns = request["bounds_ns"] + [NEVER_NS] * (BOUNDS - len(request["bounds_ns"]))
     libbpf.bpf_map_update_elem.argtypes = [ct.c_int, ct.c_char_p, ct.c_char_p, ct.c_uint64]
     _fill(libbpf, bpf["bounds"].map_fd, bytes(4), struct.pack(f"<{BOUNDS}Q", *bounds_ns))
-    _fill(libbpf, maps["histograms"], bytes(4), struct.pack("<I", maps["histograms_even"]))
     for number in range(request["first_series"], request["limits"]["series"]):
         _fill(libbpf, maps["free_series"], None, struct.pack("<I", number))
     for number in range(request["limits"]["chunks"]):
@@ -173,10 +180,10 @@ def load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
 
 
 def _has_bpf_capabilities() -> bool:
-    cap_perfmon, cap_bpf = 38, 39
+    cap_sys_admin, cap_perfmon, cap_bpf = 21, 38, 39
     with open("/proc/self/status") as status:
         effective = next(int(line.split()[1], 16) for line in status if line.startswith("CapEff"))
-    return bool(effective >> cap_bpf & 1 and effective >> cap_perfmon & 1)
+    return bool(effective >> cap_sys_admin & 1 or effective >> cap_bpf & 1 and effective >> cap_perfmon & 1)
 
 
 def main() -> None:
