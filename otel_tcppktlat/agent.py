@@ -22,6 +22,7 @@ from .table import Table
 TABLE_POLL_S = 0.1
 POLL_S = 1.0
 LONGEST_INTERVAL_S = 60.0  # the kernel's counts of an interval have 32 bits
+LAST_ROWS_S = 0.5
 SHUTDOWN_S = 4.0
 
 _log = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ class _StopSignals:
 def run(settings: Settings) -> None:
     """Runs until SIGTERM or SIGINT. Raises ProbeError, SettingsError or OSError, none of which needs a traceback."""
     account = _account(settings.user)
-    table = Table(sys.stdout, settings.timestamp, settings.wide) if settings.table else None
+    table = _table(settings) if settings.table else None
     listeners: list[Callable[[Event], None]] = [table.row] if table else []
 
     def on_row(event: Event) -> None:
@@ -80,6 +81,9 @@ def run(settings: Settings) -> None:
 
             if os.geteuid() == 0:  # the files are root's to read, and setresuid() reaches every thread
                 pipeline = Pipeline(settings)
+        if stop.fd in select.select([stop.fd, probe.starting_fd()], [], [])[0]:
+            probe.cancel()
+            return
         loaded = probe.open()
     except BaseException:
         probe.cancel()
@@ -102,16 +106,22 @@ def run(settings: Settings) -> None:
             now_s = time.monotonic()
             probe.poll()
             if table:
-                table.flush(now_s)
+                table.flush()
             if now_s - swept_s >= POLL_S and (probe.gone() or now_s - swept_s >= LONGEST_INTERVAL_S):
                 swept_s = now_s
                 pipeline.collector.sweep() if pipeline else probe.harvest()
         probe.poll()
         if table:
-            sys.stdout.flush()
+            table.flush(LAST_ROWS_S)
     finally:
         if pipeline:
             pipeline.shutdown(SHUTDOWN_S)
+
+
+def _table(settings: Settings) -> Table:
+    if sys.stdout is None:
+        raise OSError("standard output is closed: there is nowhere to print the table")
+    return Table(sys.stdout.fileno(), settings.timestamp, settings.wide, sys.stdout.encoding)
 
 
 def _account(user: str) -> pwd.struct_passwd:

@@ -14,11 +14,11 @@ DEFAULT_BOUNDS_S: tuple[float, ...] = (
     10.0,
 )
 
-# OpenTelemetry's exponential histogram (metrics data model, "ExponentialHistogram"): at scale s, base = 2^(2^-s), and bucket
-# i holds (base^i, base^(i+1)] of the unit, here seconds. At scale 2 the bounds are 2^(k/4) s. These k cover 0.5 us to
-# 24 min; what is outside goes to the buckets at the ends.
+# OpenTelemetry's exponential histogram (metrics data model, "ExponentialHistogram"): at scale s, base = 2^(2^-s), and
+# bucket i holds (base^i, base^(i+1)] of the unit, here seconds. At scale 2 the bounds are 2^(k/4) s. These k cover 0.3
+# us to 17 min; what is outside goes to the buckets at the ends.
 SCALE = 2
-FIRST_EXPONENT, LAST_EXPONENT = -84, 42
+FIRST_EXPONENT, LAST_EXPONENT = -86, 40
 
 
 class BadBounds(ValueError):
@@ -44,6 +44,12 @@ class Buckets:
         return lower, self.bounds_s[bucket] if bucket < len(self.bounds_s) else math.inf
 
 
+def _whole_ns(bound_s: float) -> int:
+    """The longest wait in ns that a back end, which gets it as a float of seconds, does not find above the bound."""
+    nearest = round(bound_s * 1e9)
+    return nearest if nearest / 1e9 <= bound_s else nearest - 1
+
+
 def explicit_buckets(bounds_s: Sequence[float] = DEFAULT_BOUNDS_S) -> Buckets:
     """Buckets with these upper bounds. Raises BadBounds unless they are 1 to 127 growing numbers of at least 1 ns."""
     if not bounds_s:
@@ -52,7 +58,7 @@ def explicit_buckets(bounds_s: Sequence[float] = DEFAULT_BOUNDS_S) -> Buckets:
         raise BadBounds(f"there are {len(bounds_s)} bounds, and {MAX_BOUNDS} is the most")
     if not all(math.isfinite(bound) and 1e-9 <= bound <= 1e9 for bound in bounds_s):
         raise BadBounds("a bound is a number of seconds from 1e-9 to 1e9")
-    bounds_ns = tuple(round(bound * 1e9) for bound in bounds_s)
+    bounds_ns = tuple(_whole_ns(bound) for bound in bounds_s)
     if any(lower >= upper for lower, upper in zip(bounds_ns, bounds_ns[1:], strict=False)):
         raise BadBounds("each bound has to be larger than the one before it, by 1 ns at least")
     return Buckets(bounds_ns, tuple(bounds_s))
@@ -61,4 +67,4 @@ def explicit_buckets(bounds_s: Sequence[float] = DEFAULT_BOUNDS_S) -> Buckets:
 def exponential_buckets() -> Buckets:
     """The buckets of an exponential histogram of seconds, scale 2."""
     exponents = range(FIRST_EXPONENT, LAST_EXPONENT + 1)
-    return Buckets(tuple(round(2 ** (k / 2**SCALE) * 1e9) for k in exponents), None)
+    return Buckets(tuple(_whole_ns(2 ** (k / 2**SCALE)) for k in exponents), None)

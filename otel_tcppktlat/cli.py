@@ -18,7 +18,9 @@ from .settings import (
     Settings,
     SettingsError,
     check_endpoint,
+    check_variables,
     choose_buckets,
+    drop_empty_variables,
     exporter_configured,
     parse_attributes,
     parse_boundaries,
@@ -62,8 +64,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog=PROGRAM,
         add_help=False,
-        description="Trace latency between TCP received pkt and picked up by userspace thread; export it to OpenTelemetry.",
-        epilog="With OTEL_EXPORTER_OTLP_ENDPOINT (or another standard variable, or --otlp) it exports; else it prints a table.",
+        description="Trace latency between TCP received pkt and picked up by userspace thread, "
+        "and export it to OpenTelemetry.",
+        epilog="With OTEL_EXPORTER_OTLP_ENDPOINT (or another standard variable, or --otlp) it exports; "
+        "else it prints a table.",
     )
     pid, port = _whole(1, 2**22), _whole(1, 65535)
     add = parser.add_argument
@@ -82,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     add("-w", "--wide", action="store_true", help="wide columns (fit IPv6 addresses), and the thread's id")
     add("-v", "--verbose", action="store_true", help="debug output on stderr")
     add("-?", "--help", action="help", help="give this help list")
+    add("-h", action="help", help=argparse.SUPPRESS)  # tcppktlat takes it, too
     add("--usage", action=_Usage, nargs=0, help="give a short usage message")
     add("-V", "--version", action="version", version=f"{PROGRAM} {__version__}", help="print program version")
     group = parser.add_argument_group("export")
@@ -117,12 +122,12 @@ def _parser() -> argparse.ArgumentParser:
 def parse(arguments: Sequence[str]) -> Settings:
     """Settings from the command line and the standard variables. Raises SettingsError."""
     parsed = _parser().parse_args(arguments)
+    drop_empty_variables()
     if parsed.otlp is not None:
         os.environ["OTEL_EXPORTER_OTLP_ENDPOINT"] = check_endpoint(parsed.otlp)
-    for name in ("", "METRICS_", "TRACES_"):
-        if url := os.environ.get(f"OTEL_EXPORTER_OTLP_{name}ENDPOINT", "").strip():
-            _check_variable(f"OTEL_EXPORTER_OTLP_{name}ENDPOINT", url)
     export = not sdk_disabled() and exporter_configured()
+    if export:
+        check_variables()
     boundaries_s = parse_boundaries(parsed.boundaries) if parsed.boundaries is not None else None
     return Settings(
         pid=parsed.pid,
@@ -144,15 +149,6 @@ def parse(arguments: Sequence[str]) -> Settings:
     )
 
 
-def _check_variable(name: str, url: str) -> None:
-    if "://" not in url:
-        return  # gRPC takes HOST:PORT as well
-    try:
-        check_endpoint(url)
-    except SettingsError as error:
-        raise SettingsError(f"{name}: {error}") from None
-
-
 class _OneLine(logging.Formatter):
     """One line a record: an exception is named, not traced."""
 
@@ -172,11 +168,15 @@ def _log_to_stderr(verbose: bool) -> None:
 
 def main() -> NoReturn:
     """Runs the command and exits: 0 when told to stop, 2 for bad input, 1 for what the machine lacks."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass  # a standard stream was closed: no other file may get its number
+    os.close(fd)
     status = _main(sys.argv[1:])
     try:
-        sys.stdout.flush()
+        if sys.stdout:
+            sys.stdout.flush()
     except OSError:
-        status = status or 0
+        pass  # the reader has seen enough
     os._exit(status)  # exporters' threads that hang on a collector must not keep the process
 
 
@@ -199,7 +199,8 @@ def _main(arguments: Sequence[str]) -> int:
 
 
 def _complain(error: Exception, status: int) -> int:
-    print(f"{PROGRAM}: {error}", file=sys.stderr)
+    if sys.stderr:
+        print(f"{PROGRAM}:", " ".join(str(error).split()), file=sys.stderr)
     return status
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -12,8 +11,42 @@ from .buckets import BadBounds, Buckets, explicit_buckets, exponential_buckets
 from .series import ATTRIBUTES, DEFAULT_ATTRIBUTES, DEFAULT_LIMIT
 
 AGGREGATION = "OTEL_EXPORTER_OTLP_METRICS_DEFAULT_HISTOGRAM_AGGREGATION"
+EXEMPLAR_FILTER = "OTEL_METRICS_EXEMPLAR_FILTER"
 DEFAULT_SPAN_RATE = 100.0
 DEFAULT_EXPORT_INTERVAL_MS = 60_000.0
+
+# What the SDK would pass over with a warning, or end with a traceback for. Of numbers: type, lowest, highest.
+_LONGEST_MS = 2**31 - 1
+_NUMBERS: Mapping[str, tuple[type[int] | type[float], float, float]] = {
+    "OTEL_METRIC_EXPORT_INTERVAL": (float, 1, _LONGEST_MS),
+    "OTEL_METRIC_EXPORT_TIMEOUT": (float, 1, _LONGEST_MS),
+    "OTEL_BSP_SCHEDULE_DELAY": (int, 1, _LONGEST_MS),
+    "OTEL_BSP_EXPORT_TIMEOUT": (int, 1, _LONGEST_MS),
+    "OTEL_BSP_MAX_QUEUE_SIZE": (int, 1, _LONGEST_MS),
+    "OTEL_BSP_MAX_EXPORT_BATCH_SIZE": (int, 1, _LONGEST_MS),
+    "OTEL_TRACES_SAMPLER_ARG": (float, 0, 1),
+    **{f"OTEL_EXPORTER_OTLP_{signal}TIMEOUT": (float, 1e-3, 1e6) for signal in ("", "METRICS_", "TRACES_")},
+}
+_LIMITS = (  # whole numbers, or "unset"
+    "OTEL_ATTRIBUTE_COUNT_LIMIT",
+    "OTEL_ATTRIBUTE_VALUE_LENGTH_LIMIT",
+    "OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT",
+    "OTEL_SPAN_ATTRIBUTE_VALUE_LENGTH_LIMIT",
+    "OTEL_SPAN_EVENT_COUNT_LIMIT",
+    "OTEL_SPAN_LINK_COUNT_LIMIT",
+    "OTEL_EVENT_ATTRIBUTE_COUNT_LIMIT",
+    "OTEL_LINK_ATTRIBUTE_COUNT_LIMIT",
+)
+_SAMPLERS = ("always_on", "always_off", "traceidratio")
+_CHOICES: Mapping[str, Sequence[str]] = {
+    "OTEL_TRACES_SAMPLER": (*_SAMPLERS, *(f"parentbased_{name}" for name in _SAMPLERS)),
+    EXEMPLAR_FILTER: ("always_on", "always_off", "trace_based"),
+    "OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE": ("cumulative", "delta", "lowmemory"),
+    **{
+        f"OTEL_EXPORTER_OTLP_{signal}COMPRESSION": ("gzip", "deflate", "none") for signal in ("", "METRICS_", "TRACES_")
+    },
+    **{f"OTEL_EXPORTER_OTLP_{signal}INSECURE": ("true", "false") for signal in ("", "METRICS_", "TRACES_")},
+}
 
 
 class SettingsError(Exception):
@@ -67,6 +100,7 @@ def check_endpoint(url: str) -> str:
     try:
         parts = urlsplit(url)
         valid = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
+        valid = valid and url.isprintable() and " " not in url
     except ValueError:
         valid = False
     if not valid:
@@ -109,13 +143,50 @@ def choose_buckets(boundaries_s: Sequence[float] | None, environ: Mapping[str, s
     return exponential_buckets()
 
 
-def export_interval_s(environ: Mapping[str, str] = os.environ) -> float:
-    """OTEL_METRIC_EXPORT_INTERVAL in seconds. Raises SettingsError."""
-    text = environ.get("OTEL_METRIC_EXPORT_INTERVAL", "").strip()
+def drop_empty_variables(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Unsets what is set to nothing: the specification has both mean the same, the SDK does not everywhere."""
+    for name in [name for name, value in environ.items() if name.startswith("OTEL_") and not value.strip()]:
+        del environ[name]
+
+
+def check_variables(environ: Mapping[str, str] = os.environ) -> None:
+    """Raises SettingsError for a variable of the export that has no meaning."""
+    for name, (kind, lowest, highest) in _NUMBERS.items():
+        if name in environ:
+            _check_number(name, environ[name], kind, lowest, highest)
+    for name in _LIMITS:
+        if environ.get(name, "unset").strip().lower() != "unset":
+            _check_number(name, environ[name], int, 0, _LONGEST_MS)
+    for name, known in _CHOICES.items():
+        if name in environ and environ[name].strip().lower() not in known:
+            raise SettingsError(f"{name}={environ[name]} is not known: use one of {', '.join(known)}")
+    for signal in ("", "METRICS_", "TRACES_"):
+        name = f"OTEL_EXPORTER_OTLP_{signal}ENDPOINT"
+        if url := environ.get(name, "").strip():
+            check_endpoint_variable(name, url if "://" in url else f"http://{url}")  # gRPC takes HOST:PORT as well
+    queue, batch = (environ.get(f"OTEL_BSP_MAX_{what}_SIZE") for what in ("QUEUE", "EXPORT_BATCH"))
+    if queue and batch and int(batch) > int(queue):
+        raise SettingsError(f"OTEL_BSP_MAX_EXPORT_BATCH_SIZE={batch} is more than OTEL_BSP_MAX_QUEUE_SIZE={queue}")
+
+
+def _check_number(name: str, text: str, kind: type[int] | type[float], lowest: float, highest: float) -> None:
     try:
-        interval_ms = float(text) if text else DEFAULT_EXPORT_INTERVAL_MS
+        valid = lowest <= kind(text) <= highest
     except ValueError:
-        interval_ms = math.nan
-    if not 0 < interval_ms < math.inf:
-        raise SettingsError(f"OTEL_METRIC_EXPORT_INTERVAL={text} is not a number of milliseconds above 0")
-    return interval_ms / 1e3
+        valid = False
+    if not valid:
+        what = "whole number" if kind is int else "number"
+        raise SettingsError(f"{name}={text} is not a {what} from {lowest:.15g} to {highest:.15g}")
+
+
+def check_endpoint_variable(name: str, url: str) -> None:
+    """As check_endpoint, naming the variable."""
+    try:
+        check_endpoint(url)
+    except SettingsError as error:
+        raise SettingsError(f"{name}: {error}") from None
+
+
+def export_interval_s(environ: Mapping[str, str] = os.environ) -> float:
+    """OTEL_METRIC_EXPORT_INTERVAL, which has been checked, in seconds."""
+    return float(environ.get("OTEL_METRIC_EXPORT_INTERVAL", DEFAULT_EXPORT_INTERVAL_MS)) / 1e3

@@ -2,59 +2,82 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import select
 import time
 from dataclasses import dataclass
-from typing import TextIO
 
 from .probe.layout import Event
-from .text import address_text, name_text, printable
+from .text import address_text, printable
 
-FLUSH_S = 1.0
+MOST_PENDING_BYTES = 1 << 20
+_WRITE_BYTES = 4096  # PIPE_BUF: a pipe that is ready takes as much without blocking
+
+_End = tuple[str, object]  # address and port
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass
 class Table:
-    """Prints events as rows, tcppktlat's columns. `wide` adds the thread id and room for IPv6 addresses."""
+    """Prints events as rows, tcppktlat's columns. `wide` adds the thread id and room for IPv6 addresses.
 
-    out: TextIO
+    Whoever reads the output slowly, or not at all, delays nothing: rows wait, and beyond 1 MiB they are lost.
+    """
+
+    fd: int
     timestamp: bool = False
     wide: bool = False
+    encoding: str = "utf-8"
 
     def __post_init__(self) -> None:
-        self._at_once = self.out.isatty()
-        self._flushed_s = 0.0
+        self._pending = bytearray()
+        self._lost = 0
+        self._ready = select.poll()
+        self._ready.register(self.fd, select.POLLOUT)
 
-    def _line(self, clock: str, pid: object, tid: object, comm: str, local: str, lport: object, remote: str, rport: object,
-              wait: str) -> None:  # fmt: skip
+    def _line(self, clock: str, pid: object, tid: object, comm: str, local: _End, remote: _End, wait: str) -> None:
+        (local_address, local_port), (remote_address, remote_port) = local, remote
         width = 26 if self.wide else 15
-        self.out.write(
+        line = (
             (f"{clock:<8} " if self.timestamp else "")
             + f"{pid:<7} "
             + (f"{tid:<7} " if self.wide else "")
-            + f"{comm:<16} {local:<{width}} {lport:<5} {remote:<{width}} {rport:<5} {wait}\n"
+            + f"{comm:<16} {local_address:<{width}} {local_port:<5} {remote_address:<{width}} {remote_port:<5} {wait}\n"
         )
+        if len(self._pending) < MOST_PENDING_BYTES:
+            self._pending += line.encode(self.encoding, errors="backslashreplace")
+        else:
+            self._lost += 1
 
     def header(self) -> None:
         """Prints the names of the columns."""
-        self._line("TIME(s)", "PID", "TID", "COMM", "LADDR", "LPORT", "RADDR", "RPORT", "MS")
-        self.out.flush()
+        self._line("TIME(s)", "PID", "TID", "COMM", ("LADDR", "LPORT"), ("RADDR", "RPORT"), "MS")
+        self.flush()
 
     def row(self, event: Event) -> None:
-        """Prints one pickup: its longest wait in ms."""
+        """Prints one pickup: its longest wait in ms. It appears at the next flush."""
+        picked_unix_s = time.time() + (event.picked_ns - time.monotonic_ns()) / 1e9
         self._line(
-            time.strftime("%H:%M:%S"),
+            time.strftime("%H:%M:%S", time.localtime(picked_unix_s)) if self.timestamp else "",
             event.tgid,
             event.tid,
-            printable(name_text(event.comm)),
-            address_text(event.family, bytes(event.local_address)),
-            event.local_port,
-            address_text(event.family, bytes(event.remote_address)),
-            event.remote_port,
+            printable(event.comm),
+            (address_text(event.family, bytes(event.local_address)), event.local_port),
+            (address_text(event.family, bytes(event.remote_address)), event.remote_port),
             f"{event.wait_ns / 1e6:.2f}",
         )
 
-    def flush(self, now_s: float) -> None:
-        """Flushes what was printed: at once to a terminal, else once a second."""
-        if self._at_once or now_s - self._flushed_s >= FLUSH_S:
-            self.out.flush()
-            self._flushed_s = now_s
+    def flush(self, timeout_s: float = 0.0) -> None:
+        """Writes what the output takes now, or within `timeout_s`. Raises BrokenPipeError when nobody reads it."""
+        deadline_s = time.monotonic() + timeout_s
+        while ready := self._ready.poll(max(0.0, deadline_s - time.monotonic()) * 1e3 if self._pending else 0):
+            if ready[0][1] & (select.POLLERR | select.POLLHUP):
+                raise BrokenPipeError
+            if not self._pending:
+                break
+            del self._pending[: os.write(self.fd, self._pending[:_WRITE_BYTES])]
+        if self._lost:
+            _log.warning("%d rows lost: whoever reads the table is too slow", self._lost)
+            self._lost = 0

@@ -11,8 +11,9 @@ def name_text(name: bytes) -> str:
     return name.decode("utf-8", errors="replace")
 
 
-def printable(text: str) -> str:
-    """The same with everything escaped that could move a terminal's cursor or break a line."""
+def printable(name: bytes) -> str:
+    """The same for a terminal: everything is escaped that could move its cursor, break a line, or is no UTF-8."""
+    text = name.decode("utf-8", errors="backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 

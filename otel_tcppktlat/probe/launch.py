@@ -64,6 +64,7 @@ class Loader:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
+                start_new_session=True,  # Ctrl-C is for the agent, which then ends the loader
             )
         self._channel.sendall(json.dumps(self._request).encode() + b"\n")
 
@@ -83,6 +84,10 @@ class Loader:
             else {"error": f"the loader ended without an answer (status {self._child.returncode})"}
         )
         return answer, descriptors, stderr.decode(errors="replace")
+
+    def fileno(self) -> int:
+        """A descriptor that becomes readable when the loader has answered or ended."""
+        return self._channel.fileno()
 
     def finish(self) -> Loaded:
         """Waits for the loader to end. Raises ProbeError with its reason."""

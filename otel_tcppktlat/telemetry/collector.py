@@ -17,13 +17,22 @@ from ..events import exemplar_attributes
 from ..probe.layout import OVERFLOW_SERIES, Event
 from ..probe.probe import Harvest, Probe
 from ..series import AttributeSet, SeriesTotals
-from .points import CUMULATIVE, DELTA, Acknowledged, histogram_data, histogram_point, number_point
-from .spans import Candidate, SpanBudget, SpanIds
+from .points import (
+    CUMULATIVE,
+    DELTA,
+    Acknowledged,
+    Point,
+    histogram_data,
+    histogram_point,
+    most_encoded_bytes,
+    number_point,
+)
+from .spans import Candidate, SpanBudget
 
 SCOPE = "otel_tcppktlat"
 SCHEMA_URL = "https://opentelemetry.io/schemas/1.44.0"
 DURATION = "tcppktlat.receive_queue.duration"
-BATCH_POINTS = 1000  # keeps a request well below the 4 MiB that gRPC servers take
+BATCH_POINTS, BATCH_BYTES = 1000, 2 << 20  # keep a request well below the 4 MiB that gRPC servers take
 
 OUTCOMES: Mapping[str, Mapping[str, str]] = {  # counter in the books: attributes of its point
     "observed": {"tcppktlat.outcome": "observed"},
@@ -86,10 +95,17 @@ class Collector:
         spans: SpanBudget,
         temporality: Temporality,
         reader_filtered: bool = False,
+        exemplar_filter: str | None = None,
     ) -> None:
-        """`reader_filtered`: whether -p or -t is on, so that the outcome `filtered` exists."""
+        """`reader_filtered`: whether -p or -t is on, so that the outcome `filtered` exists.
+
+        `exemplar_filter`: OTEL_METRICS_EXEMPLAR_FILTER. Unless it is set, exemplars whose span the budget or the
+        sampler left out are exported too, without ids.
+        """
         self._probe, self._buckets, self._totals, self._spans = probe, buckets, totals, spans
         self._temporality, self._reader_filtered = temporality, reader_filtered
+        self._exemplars_wanted = exemplar_filter != "always_off"
+        self._exemplars_without_span = exemplar_filter != "trace_based"
         self._lock = threading.Lock()
         self._started_unix_ns = self._collected_unix_ns = time.time_ns()
         self._nothing = Acknowledged((0,) * totals.buckets, 0, self._started_unix_ns)
@@ -120,6 +136,7 @@ class Collector:
             known = self._slowest.get(place)
             if known is None or known.wait_ns < event.wait_ns:
                 self._slowest[place] = event
+        self._spans.name_rows(lambda number: self._totals.set_of(harvest.live.get(number)), harvest.ended_ns)
         return harvest.ended_ns
 
     def collect(self) -> list[Batch]:
@@ -130,6 +147,7 @@ class Collector:
             unix_offset_ns = time.time_ns() - time.monotonic_ns()
             unix_ns = ended_ns + unix_offset_ns
             self._make_exemplars(unix_ns, unix_offset_ns)
+            self._collected_unix_ns = unix_ns
             batches = [self._numbers_batch(unix_ns), *self._histogram_batches(unix_ns)]
             self._collected_unix_ns = unix_ns
             self.last_duration_s = time.monotonic() - began_s
@@ -138,56 +156,55 @@ class Collector:
 
     def _make_exemplars(self, unix_ns: int, unix_offset_ns: int) -> None:
         chosen = {place: Candidate(event, place[0]) for place, event in self._slowest.items()}
-        rows = [Candidate(event, ()) for event in self._spans.take_rows()]
         elapsed_s = (unix_ns - self._collected_unix_ns) / 1e9
-        # An exemplar's candidate last: where a pickup is a row too, the span gets the metric's attributes.
-        made = self._spans.make_spans([*rows, *chosen.values()], elapsed_s, unix_offset_ns)
+        made = self._spans.make_spans(list(chosen.values()), elapsed_s, unix_offset_ns)
         for (attributes, bucket), candidate in chosen.items():
-            exemplar = self._exemplar(candidate, made.get(candidate.key), unix_offset_ns)
-            self._exemplars.setdefault(attributes, {})[bucket] = exemplar
+            event, ids = candidate.event, made.get(candidate.key)
+            if not self._exemplars_wanted or not (ids or self._exemplars_without_span):
+                continue
+            self._exemplars.setdefault(attributes, {})[bucket] = Exemplar(
+                filtered_attributes=exemplar_attributes(event, attributes),
+                value=event.wait_ns / 1e9,
+                # Unix time may have been set meanwhile; the interval's bounds hold.
+                time_unix_nano=min(max(event.picked_ns + unix_offset_ns, self._collected_unix_ns + 1), unix_ns),
+                span_id=ids.span_id if ids else None,
+                trace_id=ids.trace_id if ids else None,
+            )
         self._slowest.clear()
-
-    def _exemplar(self, candidate: Candidate, ids: SpanIds | None, unix_offset_ns: int) -> Exemplar:
-        event = candidate.event
-        return Exemplar(
-            filtered_attributes=exemplar_attributes(event, candidate.attributes),
-            value=event.wait_ns / 1e9,
-            time_unix_nano=max(event.picked_ns + unix_offset_ns, self._collected_unix_ns),
-            span_id=ids.span_id if ids else None,
-            trace_id=ids.trace_id if ids else None,
-        )
 
     def _scope(self, metrics: list[Metric]) -> ScopeMetrics:
         return ScopeMetrics(InstrumentationScope(SCOPE, __version__, SCHEMA_URL), metrics, SCHEMA_URL)
 
     def _histogram_batches(self, unix_ns: int) -> Iterable[Batch]:
         delta = self._temporality.histogram == DELTA
-        wanted = [
-            (attributes, total, tuple(total.counts))
-            for attributes, total in self._totals.totals.items()
-            if not delta or tuple(total.counts) != self._acknowledged.get(attributes, self._nothing).counts
-        ]
-        for start in range(0, len(wanted), BATCH_POINTS):
-            part = wanted[start : start + BATCH_POINTS]
-            points = [
-                histogram_point(
-                    self._buckets,
-                    attributes,
-                    total,
-                    self._acknowledged.get(attributes, self._nothing) if delta else self._nothing,
-                    unix_ns,
-                    list(self._exemplars.get(attributes, {}).values()),
-                )
-                for attributes, total, _ in part
-            ]
-            metric = Metric(
-                DURATION,
-                "Time that received TCP segments waited in the receive queue until a thread had read them.",
-                "s",
-                histogram_data(points, self._temporality.histogram),
-            )
-            taken = {attributes: Acknowledged(counts, total.sum_ns, unix_ns) for attributes, total, counts in part}
-            yield Batch(self._scope([metric]), self._acknowledger(taken))
+        points: list[Point] = []
+        taken: dict[AttributeSet, Acknowledged] = {}
+        size = 0
+        for attributes, total in self._totals.totals.items():
+            acknowledged = self._acknowledged.get(attributes, self._nothing)
+            if delta and tuple(total.counts) == acknowledged.counts:
+                continue
+            exemplars = list(self._exemplars.get(attributes, {}).values())
+            since = acknowledged if delta else self._nothing
+            point = histogram_point(self._buckets, attributes, total, since, unix_ns, exemplars)
+            point_size = most_encoded_bytes(point)
+            if points and (len(points) == BATCH_POINTS or size + point_size > BATCH_BYTES):
+                yield self._histogram_batch(points, taken)
+                points, taken, size = [], {}, 0
+            points.append(point)
+            taken[attributes] = Acknowledged(tuple(total.counts), total.sum_ns, unix_ns)
+            size += point_size
+        if points:
+            yield self._histogram_batch(points, taken)
+
+    def _histogram_batch(self, points: Sequence[Point], taken: Mapping[AttributeSet, Acknowledged]) -> Batch:
+        metric = Metric(
+            DURATION,
+            "Time that received TCP segments waited in the receive queue until a thread had read them.",
+            "s",
+            histogram_data(points, self._temporality.histogram),
+        )
+        return Batch(self._scope([metric]), self._acknowledger(taken))
 
     def _acknowledger(self, taken: Mapping[AttributeSet, Acknowledged]) -> Callable[[], None]:
         def acknowledge() -> None:

@@ -17,9 +17,10 @@ from typing import Any, Literal
 from opentelemetry.sdk.metrics.export import MetricExporter
 from opentelemetry.sdk.trace.export import SpanExporter
 
-from ..settings import SettingsError
+from ..settings import SettingsError, check_endpoint_variable
 
 Signal = Literal["metrics", "traces"]
+_TLS_FILES = ("CERTIFICATE", "CLIENT_CERTIFICATE", "CLIENT_KEY")
 _BUILT_IN = {"grpc": "otlp_proto_grpc", "http/protobuf": "otlp_proto_http"}
 
 
@@ -47,88 +48,117 @@ def exporter_name(signal: Signal) -> str | None:
     return _BUILT_IN[protocol or "grpc"]
 
 
-@dataclass(frozen=True)
-class TlsFiles:
-    """The contents of the files that the certificate variables name."""
+def _encrypted(signal: Signal) -> bool:
+    """May the exporter use TLS? An address without http:// says no more than HOST:PORT."""
+    _, url = _variable("ENDPOINT", signal)
+    _, insecure = _variable("INSECURE", signal)
+    return (url is not None and not url.startswith("http://")) or (insecure or "").lower() == "false"
 
-    authorities: bytes
-    authorities_path: str
-    key_path: str | None
-    certificate_path: str | None
+
+@dataclass(frozen=True)
+class _TlsFiles:
+    """What the certificate variables name: paths that were readable, and usable together with these authorities."""
+
+    authorities: str
+    certificate: str | None
+    key: str | None
+    context: ssl.SSLContext
 
     @classmethod
-    def read(cls, signal: Signal) -> TlsFiles:
-        """Raises SettingsError for a file that cannot be read."""
-        paths = {name: _variable(name, signal) for name in ("CERTIFICATE", "CLIENT_KEY", "CLIENT_CERTIFICATE")}
-        for variable, path in paths.values():
+    def check(cls, signal: Signal, default_authorities: tuple[str, str]) -> _TlsFiles:
+        """Raises SettingsError. Without a certificate variable the default is taken: where it is from, and its path."""
+        named = {name: _variable(name, signal) for name in _TLS_FILES}
+        variable, authorities = named["CERTIFICATE"]
+        if authorities is None:
+            variable, authorities = default_authorities
+        try:
+            folder = os.path.isdir(authorities)
+            context = ssl.create_default_context(
+                cafile=None if folder else authorities, capath=authorities if folder else None
+            )
+        except OSError as error:  # ssl.SSLError is one
+            reason = getattr(error, "reason", None) or error.strerror
+            raise SettingsError(f"{variable}: no certificates in {authorities}: {reason}") from None
+        variable, certificate = named["CLIENT_CERTIFICATE"]
+        key = named["CLIENT_KEY"][1]
+        if key and not certificate:
+            raise SettingsError(f"{named['CLIENT_KEY'][0]} is set, and {variable} is not")
+        if certificate:
+            try:
+                context.load_cert_chain(certificate, key, password="")
+            except ssl.SSLError as error:
+                with_key = f" with the key {key}" if key else ", which should hold its key as well"
+                raise SettingsError(f"{variable}: cannot use {certificate}{with_key}: {error.reason}") from None
+        return cls(authorities, certificate, key, context)
+
+
+def _check_files(signal: Signal) -> None:
+    for variable, path in (_variable(name, signal) for name in _TLS_FILES):
+        try:
             if path:
-                _read(variable, path)
-        variable, authorities_path = paths["CERTIFICATE"]
-        if authorities_path is None:
-            variable, authorities_path = _default_authorities()
-        return cls(
-            _read(variable, authorities_path), authorities_path, paths["CLIENT_KEY"][1], paths["CLIENT_CERTIFICATE"][1]
-        )
+                pathlib.Path(path).read_bytes()
+        except OSError as error:
+            raise SettingsError(f"{variable}: cannot read {path}: {error.strerror}") from None
 
 
-def _default_authorities() -> tuple[str, str]:
-    for variable in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE"):
-        if path := os.environ.get(variable):
-            return variable, path
-    import certifi
-
-    return "the certifi package", certifi.where()
-
-
-def _read(variable: str, path: str) -> bytes:
-    try:
-        return pathlib.Path(path).read_bytes()
-    except OSError as error:
-        raise SettingsError(f"{variable}: cannot read {path}: {error.strerror}") from None
+def _own_credentials(protocol: str) -> bool:
+    """Does a plug-in of the SDK bring the credentials?"""
+    prefix, suffix = f"OTEL_PYTHON_EXPORTER_OTLP_{protocol}_", "CREDENTIAL_PROVIDER"
+    return any(name.startswith(prefix) and name.endswith(suffix) for name in os.environ)
 
 
 def _grpc_arguments(signal: Signal) -> dict[str, Any]:
     import grpc
 
+    _check_files(signal)
     arguments: dict[str, Any] = {}
-    variable, compression = _variable("COMPRESSION", signal)
     algorithms = {
         "none": grpc.Compression.NoCompression,
         "gzip": grpc.Compression.Gzip,
         "deflate": grpc.Compression.Deflate,
     }
-    if compression:
-        if compression.lower() not in algorithms:
-            raise SettingsError(f"{variable}={compression} is not known: use gzip, deflate or none")
+    _, compression = _variable("COMPRESSION", signal)
+    if compression:  # the SDK's own reading of the variable knows gzip only
         arguments["compression"] = algorithms[compression.lower()]
-    if not any(name.startswith("OTEL_PYTHON_EXPORTER_OTLP_GRPC") and "CREDENTIAL" in name for name in os.environ):
-        files = TlsFiles.read(signal)
-        key, certificate = (
-            pathlib.Path(path).read_bytes() if path else None for path in (files.key_path, files.certificate_path)
+    if _encrypted(signal) and not _own_credentials("GRPC"):
+        bundled = os.path.join(os.path.dirname(grpc.__file__), "_cython", "_credentials", "roots.pem")
+        variable = "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH"
+        default = (variable, os.environ[variable]) if os.environ.get(variable) else ("the grpcio package", bundled)
+        files = _TlsFiles.check(signal, default)
+        if files.certificate and not files.key:
+            raise SettingsError(f"{_variable('CLIENT_CERTIFICATE', signal)[0]} is set, and the client key is not")
+        arguments["credentials"] = grpc.ssl_channel_credentials(
+            *(
+                pathlib.Path(path).read_bytes() if path else None
+                for path in (files.authorities, files.key, files.certificate)
+            )
         )
-        arguments["credentials"] = grpc.ssl_channel_credentials(files.authorities, key, certificate)
     return arguments
 
 
 def _http_arguments(signal: Signal) -> dict[str, Any]:
-    if any(name.startswith("OTEL_PYTHON_EXPORTER_OTLP_HTTP") and "CREDENTIAL" in name for name in os.environ):
+    variable, url = _variable("ENDPOINT", signal)
+    if url:
+        check_endpoint_variable(variable, url)
+    _check_files(signal)
+    if not _encrypted(signal) or _own_credentials("HTTP"):
         return {}
+    import certifi
     import requests
     from requests.adapters import HTTPAdapter
 
-    files = TlsFiles.read(signal)
-    try:
-        context = ssl.create_default_context(cadata=files.authorities.decode("ascii", errors="ignore"))
-        if files.certificate_path:
-            context.load_cert_chain(files.certificate_path, files.key_path)
-    except (ssl.SSLError, ValueError) as error:
-        raise SettingsError(f"the TLS files of the {signal} exporter cannot be used: {error}") from None
+    bundles = ((name, os.environ.get(name)) for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"))
+    default = next(((name, path) for name, path in bundles if path), ("the certifi package", certifi.where()))
+    context = _TlsFiles.check(signal, default).context
 
     class PreparedTls(HTTPAdapter):
         """Uses the context made above, whatever verify and cert say: their files may be out of reach by now."""
 
         def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
             super().init_poolmanager(*args, **kwargs, ssl_context=context)
+
+        def proxy_manager_for(self, proxy: str, **kwargs: Any) -> Any:
+            return super().proxy_manager_for(proxy, **kwargs, ssl_context=context)
 
         def build_connection_pool_key_attributes(self, request: Any, verify: Any, cert: Any = None) -> Any:
             host, _ = super().build_connection_pool_key_attributes(request, verify=True, cert=None)

@@ -1,8 +1,8 @@
 """Puts the kernel's metrics into the SDK's own export path.
 
 The specification has no asynchronous histogram, and opentelemetry-python no MetricProducer
-(open-telemetry/opentelemetry-python#4768). So this exporter stands under the SDK's PeriodicExportingMetricReader, adds the
-kernel's metrics to what the SDK collected, and passes both on to the real one.
+(open-telemetry/opentelemetry-python#4768). So this exporter stands under the SDK's PeriodicExportingMetricReader, adds
+the kernel's metrics to what the SDK collected, and passes both on to the real one.
 """
 
 from __future__ import annotations

@@ -8,7 +8,11 @@ import time
 from collections.abc import Iterable
 
 from opentelemetry.metrics import CallbackOptions, Observation
-from opentelemetry.sdk.environment_variables import OTEL_BSP_MAX_QUEUE_SIZE, OTEL_EXPERIMENTAL_RESOURCE_DETECTORS
+from opentelemetry.sdk.environment_variables import (
+    OTEL_BSP_MAX_EXPORT_BATCH_SIZE,
+    OTEL_BSP_MAX_QUEUE_SIZE,
+    OTEL_EXPERIMENTAL_RESOURCE_DETECTORS,
+)
 from opentelemetry.sdk.metrics import Histogram, MeterProvider, ObservableCounter
 from opentelemetry.sdk.metrics.export import AggregationTemporality, MetricExporter, PeriodicExportingMetricReader
 from opentelemetry.sdk.resources import SERVICE_NAME, Resource
@@ -19,7 +23,7 @@ from .. import __version__
 from ..probe.layout import Event
 from ..probe.probe import Probe
 from ..series import SeriesTotals
-from ..settings import Settings, SettingsError, export_interval_s
+from ..settings import EXEMPLAR_FILTER, Settings, export_interval_s
 from .collector import SCHEMA_URL, SCOPE, Collector, Temporality
 from .exporters import make_metric_exporter, make_span_exporter
 from .injection import InjectingExporter, NoExporter
@@ -28,7 +32,8 @@ from .spans import Handover, SpanBudget
 SELF_SCOPE = f"{SCOPE}.self"  # an SDK's meter must not share the injected metrics' scope: the encoder would drop one
 DEFAULT_SERVICE_NAME = "otel-tcppktlat"
 _DEFAULT_DETECTORS = "otel,host,os"
-_DEFAULT_QUEUE = 2048  # OTEL_BSP_MAX_QUEUE_SIZE's default
+_DEFAULT_QUEUE, _DEFAULT_BATCH = 2048, 512  # OTEL_BSP_MAX_QUEUE_SIZE's and OTEL_BSP_MAX_EXPORT_BATCH_SIZE's default
+_LAST_SPANS_S = 1.0  # of the time to shut down, left for spans whatever becomes of the metrics
 
 
 def make_resource() -> Resource:
@@ -41,15 +46,13 @@ def make_resource() -> Resource:
     return resource
 
 
-def _span_queue_size(rate: float, interval_s: float) -> int:
-    """Room for two intervals' budgets, unless the user has sized the queue himself."""
-    text = os.environ.get(OTEL_BSP_MAX_QUEUE_SIZE, "").strip()
-    if not text:
-        return max(_DEFAULT_QUEUE, int(2 * rate * interval_s))
-    try:
-        return int(text)
-    except ValueError:
-        raise SettingsError(f"{OTEL_BSP_MAX_QUEUE_SIZE}={text} is not a whole number") from None
+def _span_queue_sizes(rate: float, interval_s: float) -> tuple[int, int]:
+    """(queue, batch) of the span processor. Room for two intervals' budgets, unless the user has sized it himself."""
+    batch = os.environ.get(OTEL_BSP_MAX_EXPORT_BATCH_SIZE)
+    queue = int(
+        os.environ.get(OTEL_BSP_MAX_QUEUE_SIZE) or max(_DEFAULT_QUEUE, int(2 * rate * interval_s), int(batch or 0))
+    )
+    return queue, int(batch or min(_DEFAULT_BATCH, queue))
 
 
 class Pipeline:
@@ -61,7 +64,7 @@ class Pipeline:
         self._interval_s = export_interval_s()
         self._metric_exporter: MetricExporter = make_metric_exporter() or NoExporter()
         self._span_exporter: SpanExporter | None = make_span_exporter()
-        self._queue_size = _span_queue_size(settings.span_rate, self._interval_s)
+        self._queue_size, self._batch_size = _span_queue_sizes(settings.span_rate, self._interval_s)
         self._resource = make_resource()
 
     def start(self, probe: Probe) -> None:
@@ -71,7 +74,9 @@ class Pipeline:
         tracer = None
         if handover:
             self._tracer_provider = TracerProvider(resource=self._resource, shutdown_on_exit=False)
-            self._tracer_provider.add_span_processor(BatchSpanProcessor(handover, max_queue_size=self._queue_size))
+            self._tracer_provider.add_span_processor(
+                BatchSpanProcessor(handover, max_queue_size=self._queue_size, max_export_batch_size=self._batch_size)
+            )
             tracer = self._tracer_provider.get_tracer(SCOPE, __version__, schema_url=SCHEMA_URL)
         settings = self._settings
         self.spans = SpanBudget(tracer, handover, settings.span_rate, self._queue_size, self._interval_s)
@@ -84,6 +89,7 @@ class Pipeline:
             self.spans,
             Temporality(preferred.get(Histogram, cumulative), preferred.get(ObservableCounter, cumulative)),
             reader_filtered=settings.pid is not None or settings.tid is not None,
+            exemplar_filter=os.environ.get(EXEMPLAR_FILTER, "").strip().lower() or None,
         )
         reader = PeriodicExportingMetricReader(
             InjectingExporter(self._metric_exporter, self.collector.collect),
@@ -121,18 +127,26 @@ class Pipeline:
     def shutdown(self, timeout_s: float) -> None:
         """Collects and exports a last time, spans too, and returns after `timeout_s` at the latest."""
         deadline_s = time.monotonic() + timeout_s
-        collected = threading.Event()
-        self.collector.on_collected(collected.set)
+        spans_made, metrics_done = threading.Event(), threading.Event()
+        self.collector.on_collected(spans_made.set)
 
-        def flush_spans() -> None:
-            collected.wait(timeout_s / 2)  # the last collection makes the last spans
-            if self._tracer_provider:
-                self._tracer_provider.shutdown()
+        def flush_metrics() -> None:
+            self._meter_provider.shutdown(timeout_s * 1e3)
+            metrics_done.set()
+            spans_made.set()
 
-        threads = [
-            threading.Thread(target=self._meter_provider.shutdown, args=(timeout_s * 1e3,), daemon=True),
-            threading.Thread(target=flush_spans, daemon=True),
-        ]
+        def flush_spans(provider: TracerProvider) -> None:
+            # The last collection makes the last spans. Until then each one's are flushed: metrics may hang.
+            while not metrics_done.is_set() and (left_s := deadline_s - _LAST_SPANS_S - time.monotonic()) > 0:
+                if spans_made.wait(left_s):
+                    spans_made.clear()
+                    provider.force_flush()
+            self.spans.close()
+            provider.shutdown()
+
+        threads = [threading.Thread(target=flush_metrics, daemon=True)]
+        if self._tracer_provider:
+            threads.append(threading.Thread(target=flush_spans, args=(self._tracer_provider,), daemon=True))
         for thread in threads:
             thread.start()
         for thread in threads:

@@ -19,6 +19,7 @@ from opentelemetry.sdk.metrics.export import (
     NumberDataPoint,
 )
 from opentelemetry.sdk.metrics.export import Buckets as ExponentialCounts
+from opentelemetry.util.types import Attributes
 
 from ..buckets import FIRST_EXPONENT, SCALE, Buckets
 from ..series import AttributeSet, Totals
@@ -69,6 +70,25 @@ def histogram_point(
         flags=0,
         **common,
     )
+
+
+def most_encoded_bytes(point: Point) -> int:
+    """An upper bound of what the point takes in an OTLP request, in bytes."""
+    if isinstance(point, HistogramDataPoint):
+        buckets = len(point.bucket_counts)
+    else:
+        buckets = len(point.positive.bucket_counts)
+    return (
+        128  # counts, times, and the tags and lengths of messages
+        + 16 * buckets  # a count and a bound, or a count as a varint
+        + _most_attribute_bytes(point.attributes)
+        + sum(64 + _most_attribute_bytes(exemplar.filtered_attributes) for exemplar in point.exemplars)
+    )
+
+
+def _most_attribute_bytes(attributes: Attributes) -> int:
+    """For each attribute tags and lengths, or a number; characters take 4 bytes at most."""
+    return sum(32 + 4 * (len(name) + len(str(value))) for name, value in (attributes or {}).items())
 
 
 def histogram_data(points: Sequence[Point], temporality: AggregationTemporality) -> Histogram | ExponentialHistogram:
