@@ -46,13 +46,15 @@ struct queue {
 #define COLD_ASIDE 4
 #define COLD_MIXED 8 /* the ring holds an entry that is not just one segment */
 
-/* The books: what became of every segment. Per CPU; added to atomically, because softirqs interrupt readers.
+/* The books: what became of every segment. Per CPU. `received` and `observed` belong to one hook each; the others are added
+ * to atomically, because softirqs interrupt readers.
  * What is still queued: `received` less the nine counts that follow it. */
 struct books {
   u64 received;
   u64 observed, own, filtered, duplicate, dropped, unread;
   u64 untracked_socket, untracked_pool, untracked_mptcp;
   u64 merged, undescribed_bytes, events_lost, sockets_opened, sockets_closed, processes_gone, series_overflowed;
+  u64 copy; /* which of the histograms' copies is this CPU's; set by the loader */
 };
 enum outcome { OBSERVED, OWN, FILTERED };
 

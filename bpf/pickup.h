@@ -12,13 +12,13 @@ static inline struct first *first_of(u32 bucket) {
   return firsts_of_cpu ? &firsts_of_cpu->of_bucket[bucket & 255] : 0;
 }
 
-/* The first wait of a bucket in this interval and on these CPUs: its histogram was zero when the interval began. */
-static inline void note_first(struct queue *q, u32 bucket, u64 wait_ns) {
+/* The first wait of a bucket in this interval and on these CPUs: its histogram was zero when the interval began. Returns 1. */
+static inline u32 note_first(u64 picked_ns, u32 bucket, u64 wait_ns) {
   struct first *f = first_of(bucket);
-  if (!f || q->outcome != OBSERVED) return;
-  f->pickup_ns = q->picked_ns;
+  if (!f) return 0;
+  f->pickup_ns = picked_ns;
   f->wait_ns = wait_ns;
-  q->firsts = 1;
+  return 1;
 }
 
 /* An entry that is done as a whole. */
@@ -29,9 +29,7 @@ static inline void complete(struct entry *e, struct queue *q, struct sink *to) {
   u64 wait_ns = q->picked_ns - e->at_ns;
   if (wait_ns > q->longest_ns) q->longest_ns = wait_ns;
   u32 bucket = bucket_of(to->table, wait_ns);
-#if EXEMPLARS
-  if (unlikely(!to->h->bucket[bucket])) note_first(q, bucket, wait_ns);
-#endif
+  if (EXEMPLARS && unlikely(!to->h->bucket[bucket])) q->firsts |= note_first(q->picked_ns, bucket, wait_ns);
   ADD(to->h->bucket[bucket], count);
   q->sum_ns += wait_ns * count;
   q->segments += count;
@@ -95,7 +93,7 @@ static inline void end_pickup(struct books *b, struct queue *q, struct sink *to)
   if (unlikely(q->undescribed)) ADD(b->undescribed_bytes, q->undescribed);
   if (!q->segments) return;
   ADD(to->h->sum_ns, q->sum_ns);
-  if (q->outcome == OBSERVED) ADD(b->observed, q->segments);
+  if (q->outcome == OBSERVED) COUNT(b->observed, q->segments);
   else if (q->outcome == OWN) ADD(b->own, q->segments);
   else ADD(b->filtered, q->segments);
 }

@@ -106,11 +106,9 @@ static inline void remember_reader(struct books *b, void *sk, void *tp, struct q
   q->epoch = epoch ? *(volatile u32 *)epoch : 0; /* before the look-up: what changes meanwhile is seen at the next pickup */
   q->outcome = outcome_for(pid_tgid);
   q->series = q->outcome == OBSERVED ? series_for(sk, tp, q->role, tgid) : SINK;
-  q->reader = READER(pid_tgid);
-  if (q->series == OVERFLOW) {
-    ADD(b->series_overflowed, 1);
-    q->reader = 0; /* try again at the next pickup: a place may have become free */
-  }
+  if (q->series == OVERFLOW) ADD(b->series_overflowed, 1);
+  /* Others are not remembered: the short path counts what is observed, and a place in the map may become free. */
+  q->reader = q->series == OVERFLOW || q->series == SINK ? 0 : READER(pid_tgid);
 }
 
 /* A process is no more what it was: sockets look their series up again, and user space may retire the old ones. */
@@ -131,11 +129,8 @@ static inline u32 side_at(u64 now_ns) {
   return (began_ns ^ is_less(now_ns, began_ns)) & 1;
 }
 
-static inline struct histogram *histogram_of(u32 side, u32 number) {
-#if COPIES > 1
-  number = number * COPIES + (bpf_get_smp_processor_id() & (COPIES - 1));
-#endif
-  number += side * SLOTS;
+static inline struct histogram *histogram_of(struct books *b, u32 side, u32 number) {
+  number = number * COPIES + b->copy + side * SLOTS;
   return histograms.lookup(&number);
 }
 

@@ -39,7 +39,7 @@ int probe(u64 *ctx) {
   struct books *b = books_of_cpu();
   void *tp = tcp_sock_of(sk);
   if (!b || !tp || port_filtered(sk, tp)) return 0;
-  ADD(b->received, 1);
+  COUNT(b->received, 1);
   u32 rcv_nxt = load_u32(tp, OFF_tcp_sock_rcv_nxt);
   struct queue *q = queue_of(sk);
   if (unlikely(!q || q->cold || q->n >= INLINE || q->last_end != rcv_nxt || data.start != rcv_nxt)) {
@@ -147,13 +147,37 @@ int adjust(u64 *ctx) {
   }
   int zero = 0;
   struct books *b = books_of_cpu();
-  struct sink to = {.table = bounds.lookup(&zero)};
-  begin_pickup(q);
-  to.h = histogram_of(q->side, q->series);
-  if (!b || !to.table || !to.h) return 0;
-  complete_ring(copied, q, &to);
-  end_pickup(b, q, &to);
-  if (notable(q)) adjust_tails.call(ctx, TAIL_EMIT);
+  struct bounds *table = bounds.lookup(&zero);
+  u64 now_ns = bpf_ktime_get_ns(), longest_ns = now_ns - q->e[q->head & (INLINE - 1)].at_ns; /* the oldest comes first */
+  u32 side = side_at(now_ns), segments = 0, bytes = 0, firsts = 0;
+  if (!b || !table) return 0;
+  struct histogram *h = histogram_of(b, side, q->series);
+  if (!h) return 0;
+  u64 sum_ns = 0;
+  for (u32 i = 0; i < INLINE; i++) { KEEP(i);
+    struct entry *e = &q->e[(q->head + i) & (INLINE - 1)];
+    if (i >= q->n || after(e->end, copied)) break;
+    u64 wait_ns = now_ns - e->at_ns;
+    u32 bucket = bucket_of(table, wait_ns);
+    if (EXEMPLARS && unlikely(!h->bucket[bucket])) firsts |= note_first(now_ns, bucket, wait_ns);
+    ADD(h->bucket[bucket], 1);
+    sum_ns += wait_ns;
+    bytes += e->length;
+    segments++;
+  }
+  q->head += segments;
+  q->n -= segments;
+  ADD(h->sum_ns, sum_ns);
+  COUNT(b->observed, segments);
+  if (firsts || (ROWS && longest_ns >= MIN_NS)) {
+    q->picked_ns = now_ns;
+    q->longest_ns = longest_ns;
+    q->side = side;
+    q->segments = segments;
+    q->bytes = bytes;
+    q->firsts = firsts;
+    adjust_tails.call(ctx, TAIL_EMIT);
+  }
   return 0;
 }
 
@@ -181,7 +205,7 @@ int adjust_slow(u64 *ctx) {
   u32 *epoch = epoch_of(pid_tgid >> 32);
   if (q->reader != READER(pid_tgid) || !epoch || q->epoch != *epoch) remember_reader(b, sk, tp, q, pid_tgid);
   begin_pickup(q);
-  to.h = histogram_of(q->side, q->series);
+  to.h = histogram_of(b, q->side, q->series);
   if (!to.h) return 0;
   complete_ring(copied, q, &to);
   if (q->n) complete_part(&q->e[q->head & (INLINE - 1)], copied, q, &to);
@@ -201,7 +225,7 @@ int drain(u64 *ctx) {
   int zero = 0;
   struct sink to = {.table = bounds.lookup(&zero)};
   if (!b || !q || !tp || !to.table) return 0;
-  to.h = histogram_of(q->side, q->series);
+  to.h = histogram_of(b, q->side, q->series);
   if (!to.h) return 0;
   u32 copied = load_u32(tp, OFF_tcp_sock_copied_seq), more = 1;
   struct firsts *noted = firsts.lookup(&zero);

@@ -18,7 +18,7 @@ class Books(ct.Structure):
         for name in (
             "received", "observed", "own", "filtered", "duplicate", "dropped", "unread",
             "untracked_socket", "untracked_pool", "untracked_mptcp", "merged", "undescribed_bytes", "events_lost",
-            "sockets_opened", "sockets_closed", "processes_gone", "series_overflowed",
+            "sockets_opened", "sockets_closed", "processes_gone", "series_overflowed", "copy",
         )
     ]  # fmt: skip
 

@@ -111,6 +111,7 @@ class Probe:
                 "flavour": options.flavour,
                 "bounds_ns": list(options.bounds_ns),
                 "first_series": FIRST_SERIES,
+                "books_bytes": ct.sizeof(Books),
                 "limits": {"series": options.max_series, "chunks": options.max_chunks},
                 "defines": self._defines(),
             }
@@ -200,7 +201,10 @@ class Probe:
         assert raw is not None
         size = ct.sizeof(Books)
         per_cpu = [struct.unpack_from(f"<{size // 8}Q", raw, cpu * size) for cpu in range(self._cpus)]
-        return dict(zip((field[0] for field in Books._fields_), map(sum, zip(*per_cpu, strict=True)), strict=True))
+        names = [field[0] for field in Books._fields_]
+        summed = dict(zip(names, map(sum, zip(*per_cpu, strict=True)), strict=True))
+        del summed["copy"]
+        return summed
 
     def gone(self) -> bool:
         """Did a process with series end or exec since the last harvest, or is one still to be cleared away?"""

@@ -141,6 +141,7 @@ def load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
             f"this kernel lacks {missing}, which otel-tcppktlat reads: please report it with your kernel's version"
         ) from None
     flags = [f"-D{name}" if value is None else f"-D{name}={value}" for name, value in request["defines"].items()]
+    flags.append(f"-DSELF_INTERRUPTING={int(_kernel_version() < (6, 1))}")
     flags += [f"-DTYPED={int(flavour == 'typed')}", *as_flags(offsets)]
     events_fd = _create_ring_buffer(libbpf, request["defines"]["RING_BYTES"])
     flags.append(f"-DEVENTS_FD={events_fd}")
@@ -159,6 +160,10 @@ def load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
     bounds_ns = request["bounds_ns"] + [NEVER_NS] * (BOUNDS - len(request["bounds_ns"]))
     libbpf.bpf_map_update_elem.argtypes = [ct.c_int, ct.c_char_p, ct.c_char_p, ct.c_uint64]
     _fill(libbpf, bpf["bounds"].map_fd, bytes(4), struct.pack(f"<{BOUNDS}Q", *bounds_ns))
+    cpus, field_bytes = libbpf.libbpf_num_possible_cpus(), 8
+    empty = bytes(request["books_bytes"] - field_bytes)  # the number of the copy is the last field
+    per_cpu = (empty + struct.pack("<Q", cpu % request["defines"]["COPIES"]) for cpu in range(cpus))
+    _fill(libbpf, maps["books"], bytes(4), b"".join(per_cpu))
     for number in range(request["first_series"], request["limits"]["series"]):
         _fill(libbpf, maps["free_series"], None, struct.pack("<I", number))
     for number in range(request["limits"]["chunks"]):
