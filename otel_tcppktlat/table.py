@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import select
@@ -11,8 +12,8 @@ from dataclasses import dataclass
 from .probe.layout import Event
 from .text import address_text, printable
 
-MOST_PENDING_BYTES = 1 << 20
-_WRITE_BYTES = 4096  # PIPE_BUF: a pipe that is ready takes as much without blocking
+MOST_PENDING_BYTES, WORTH_WRITING_BYTES = 1 << 20, 1 << 14
+_PIPE_BUF = 4096  # a pipe that is ready takes as much without blocking
 
 _End = tuple[str, object]  # address and port
 
@@ -46,10 +47,13 @@ class Table:
             + (f"{tid:<7} " if self.wide else "")
             + f"{comm:<16} {local_address:<{width}} {local_port:<5} {remote_address:<{width}} {remote_port:<5} {wait}\n"
         )
-        if len(self._pending) < MOST_PENDING_BYTES:
-            self._pending += line.encode(self.encoding, errors="backslashreplace")
-        else:
+        if len(self._pending) >= MOST_PENDING_BYTES:
             self._lost += 1
+            return
+        self._pending += line.encode(self.encoding, errors="backslashreplace")
+        if len(self._pending) >= WORTH_WRITING_BYTES:
+            with contextlib.suppress(OSError):  # flush() meets it again
+                self._write(0.0)
 
     def header(self) -> None:
         """Prints the names of the columns."""
@@ -71,13 +75,16 @@ class Table:
 
     def flush(self, timeout_s: float = 0.0) -> None:
         """Writes what the output takes now, or within `timeout_s`. Raises BrokenPipeError when nobody reads it."""
+        self._write(timeout_s)
+        if self._lost:
+            _log.warning("%d rows lost: whoever reads the table is too slow", self._lost)
+            self._lost = 0
+
+    def _write(self, timeout_s: float) -> None:
         deadline_s = time.monotonic() + timeout_s
         while ready := self._ready.poll(max(0.0, deadline_s - time.monotonic()) * 1e3 if self._pending else 0):
             if ready[0][1] & (select.POLLERR | select.POLLHUP):
                 raise BrokenPipeError
             if not self._pending:
                 break
-            del self._pending[: os.write(self.fd, self._pending[:_WRITE_BYTES])]
-        if self._lost:
-            _log.warning("%d rows lost: whoever reads the table is too slow", self._lost)
-            self._lost = 0
+            del self._pending[: os.write(self.fd, self._pending[:_PIPE_BUF])]
