@@ -51,9 +51,8 @@ def _show_histogram(point: Point) -> None:
 
 def _show_exemplar(exemplar: ExemplarRecord, span: SpanRecord) -> None:
     who = span.attributes
-    print(
-        f"  exemplar {_duration(round(float(exemplar.value or 0), 6))}: trace {exemplar.trace_id}, span {exemplar.span_id}"
-    )
+    wait_s = round(float(exemplar.value or 0), 6)
+    print(f"  exemplar {_duration(wait_s)}: trace {exemplar.trace_id}, span {exemplar.span_id}")
     print(
         f"    span '{span.name}' of {_duration(round((span.end_unix_ns - span.start_unix_ns) / 1e9, 6))}: "
         f"pid {who['process.pid']}, {who['thread.name']}, "

@@ -1,1 +1,1 @@
-"""The kernel's side of the agent: loading the BPF programs and reading what they count. Nothing else knows the kernel."""
+"""The kernel's side of the agent: loads the BPF programs, reads what they count. Nothing else knows the kernel."""

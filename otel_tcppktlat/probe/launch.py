@@ -45,7 +45,7 @@ class Loader:
     """One loader process, running beside the caller until `finish`."""
 
     def __init__(self, request: dict[str, Any], pythons: tuple[str, ...] = ()) -> None:
-        """Starts it. `pythons`: interpreters to try in turn, the first that has bcc wins (default: the distribution's, ours)."""
+        """Starts it. `pythons`: interpreters to try until one has bcc (default: the distribution's, ours)."""
         self._request = {"bpf": str(bpf_folder()), **request}
         candidates = pythons or (DISTRIBUTION_PYTHON, sys.executable)
         self._pythons = [python for python in dict.fromkeys(candidates) if os.access(python, os.X_OK)]

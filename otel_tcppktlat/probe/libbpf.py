@@ -53,7 +53,7 @@ class Libbpf:
     def program_statistics(self, fd: int) -> tuple[int, int, int]:
         """(ns spent, runs, runs skipped because they would have interrupted themselves) of a program.
 
-        The first two stay 0 unless kernel.bpf_stats_enabled is 1; the last is 0 on kernels before 5.12, which skip none.
+        The first two stay 0 unless kernel.bpf_stats_enabled is 1; the last is 0 before Linux 5.12, which skips none.
         """
         info = ct.create_string_buffer(_PROG_INFO_BYTES)
         size = ct.c_uint32(_PROG_INFO_BYTES)

@@ -1,6 +1,6 @@
 """The agent's side of the kernel programs: starts them, and takes from the maps what each interval brought.
 
-Histograms have two sides, and a pickup's time says which one it goes to. An interval ends at a time that is set a little
+Histograms have two sides, and a pickup's time says which one it goes to. An interval ends at a time that is set a bit
 ahead; then an update of a map of maps waits for every program that still runs (maybe_wait_bpf_programs() in
 kernel/bpf/syscall.c). So counts, sums and events of an interval belong together, and no observation falls between two.
 """
@@ -102,7 +102,7 @@ class Probe:
     """The running programs. All methods may be called from any thread."""
 
     def __init__(self, options: ProbeOptions, on_row: Callable[[Event], None] | None = None) -> None:
-        """Starts the loader; returns while it compiles. `on_row` gets the event of each pickup, in the polling thread."""
+        """Starts the loader; returns while it compiles. `on_row` gets each pickup's event, in the polling thread."""
         self._options, self._on_row = options, on_row
         self._libbpf = Libbpf()
         self._copies = min(MAX_COPIES, 1 << (self._libbpf.possible_cpus() - 1).bit_length())

@@ -48,7 +48,8 @@ def _import_bcc() -> Any:
         bcc = None
     if bcc is None or not hasattr(bcc, "BPF"):  # PyPI's bcc is another project
         raise NoBcc(
-            "bcc is missing: install your distribution's package (python3-bpfcc on Debian and Ubuntu, python3-bcc on Fedora and RHEL)"
+            "bcc is missing: install your distribution's package "
+            "(python3-bpfcc on Debian and Ubuntu, python3-bcc on Fedora and RHEL)"
         )
     return bcc
 
@@ -85,7 +86,8 @@ def _choose_flavour(asked: str, btf: Optional[Btf]) -> str:
     possible = btf is not None and _kernel_version() >= (5, 11)
     if asked == "typed" and not possible:
         raise Refusal(
-            "this kernel cannot have --flavour typed: it takes BTF (/sys/kernel/btf/vmlinux) and Linux 5.11; use --flavour raw"
+            "this kernel cannot have --flavour typed, which takes BTF (/sys/kernel/btf/vmlinux) and Linux 5.11: "
+            "use --flavour raw"
         )
     return asked if asked != "auto" else ("typed" if possible else "raw")
 

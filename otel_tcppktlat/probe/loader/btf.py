@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import ctypes as ct
 import os
-from typing import TYPE_CHECKING, Iterable, Mapping, Optional
-
-if TYPE_CHECKING:
-    from .program import Compile
+from typing import Any, Callable, Iterable, Mapping, Optional
 
 Field = tuple[str, str]
+Compile = Callable[[str, "list[str]"], Any]  # source and flags to a bcc.BPF
 
 VMLINUX_BTF = "/sys/kernel/btf/vmlinux"
 KIND_STRUCT, KIND_UNION, KIND_TYPEDEF = 4, 5, 8

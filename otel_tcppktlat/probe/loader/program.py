@@ -1,7 +1,7 @@
 """Compiles the programs with bcc, loads them in one of the two flavours, and attaches them.
 
-bcc (the distribution's package) compiles, makes the maps and loads raw tracepoints. It knows no BTF-typed tracepoints, so
-libbpf loads the same bytecode as those.
+bcc (the distribution's package) compiles, makes the maps and loads raw tracepoints. It knows no BTF-typed tracepoints:
+as those, libbpf loads the same bytecode.
 """
 
 from __future__ import annotations
@@ -10,11 +10,9 @@ import ctypes as ct
 import os
 import pathlib
 from dataclasses import dataclass
-from typing import Any, Callable, Optional
+from typing import Any, Optional
 
 from .btf import Btf
-
-Compile = Callable[[str, "list[str]"], Any]
 
 SOURCES = ("kernel.h", "maps.h", "queue.h", "gap.h", "series.h", "pickup.h", "tcppktlat.bpf.c")
 
