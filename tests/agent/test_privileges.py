@@ -7,10 +7,10 @@ import pathlib
 from collections.abc import Iterator
 
 import pytest
-from support.agent import Agent, Pair
-from support.certificates import make_certificates
 
 from otel_tcppktlat.demo.receiver import Receiver, ServerTls
+from support.agent import Agent, Pair
+from support.certificates import make_certificates
 
 RECEIVED = "tcppktlat.segments.received"
 MARK = "otel-tcppktlat: attached"

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 import pytest
+
 from support.agent import REPOSITORY
 
 NO_BCC = "mount -t tmpfs none /usr/lib/python3/dist-packages"

@@ -32,7 +32,8 @@ class Agent:
             for name, value in os.environ.items()
             if not name.startswith("OTEL_") and name not in CA_VARIABLES
         }
-        defaults = {"OTEL_METRIC_EXPORT_INTERVAL": "500", "OTEL_BSP_SCHEDULE_DELAY": "200", "PYTHONPATH": str(REPOSITORY)}
+        defaults = {"OTEL_METRIC_EXPORT_INTERVAL": "500", "OTEL_BSP_SCHEDULE_DELAY": "200"}
+        defaults["PYTHONPATH"] = str(REPOSITORY)
         self._stdout_path, self._stderr_path = folder / "stdout", folder / "stderr"
         self._files: list[IO[bytes]] = [path.open("wb") for path in (self._stdout_path, self._stderr_path)]
         self.process = subprocess.Popen(
@@ -88,7 +89,7 @@ class Agent:
 
 
 class Pair:
-    """Two connected TCP sockets on loopback; a context manager. What `sender` sends, `reader` (the server's side) reads."""
+    """Two connected TCP sockets on loopback; a context manager. `reader` is the server's side."""
 
     def __init__(self, host: str = "127.0.0.1") -> None:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET

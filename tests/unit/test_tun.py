@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
+
 from support.tun import (
     PEER_IPV4,
     Conversation,
