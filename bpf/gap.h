@@ -12,11 +12,11 @@ static inline u32 runs_before(struct chunk *c, u32 start) {
   u32 position = 0;
 #pragma unroll
   for (u32 step = CHUNK / 2; step; step /= 2) {
-    u32 probed = position + step - 1;
+    u32 probed = masked(position + step - 1, CHUNK - 1);
     s32 in_use = (s32)(probed - c->n) >> 31, before = (s32)(run_start(&c->e[probed & (CHUNK - 1)]) - start) >> 31;
     position += step & in_use & before;
   }
-  u32 last = position & (CHUNK - 1);
+  u32 last = masked(position, CHUNK - 1);
   return position + ((position < c->n) & after(start, run_start(&c->e[last])));
 }
 
