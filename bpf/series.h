@@ -139,6 +139,6 @@ static inline u32 bucket_of(struct bounds *table, u64 ns) {
   u32 bucket = 0;
 #pragma unroll
   for (u32 step = BUCKETS / 2; step; step /= 2)
-    bucket += ((s64)(table->upper_ns[bucket + step - 1] - ns) >> 63) & step;
-  return bucket;
+    bucket += ((s64)(table->upper_ns[masked(bucket + step - 1, BUCKETS - 1)] - ns) >> 63) & step;
+  return masked(bucket, BUCKETS - 1);
 }
