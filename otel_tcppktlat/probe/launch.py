@@ -9,6 +9,7 @@ import pathlib
 import socket
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,13 +58,15 @@ class Loader:
 
     def _start(self) -> None:
         self._channel, theirs = socket.socketpair()
+        # A file, not a pipe: a verifier's log is larger than a pipe that nobody reads yet.
+        self._stderr = tempfile.TemporaryFile()
         with theirs:
             self._child = subprocess.Popen(
                 [self._pythons.pop(0), "-I", "-c", _START, str(_PACKAGE_PARENT), str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
+                stderr=self._stderr,
                 start_new_session=True,  # Ctrl-C is for the agent, which then ends the loader
             )
         self._channel.sendall(json.dumps(self._request).encode() + b"\n")
@@ -76,8 +79,10 @@ class Loader:
             text, descriptors = text + data, descriptors + list(fds)
             if not data:
                 break
-        self._channel.close()
-        _, stderr = self._child.communicate()
+        self._child.wait()
+        self._stderr.seek(0)
+        stderr = self._stderr.read()
+        self._close()
         answer = (
             json.loads(text)
             if text
@@ -111,5 +116,9 @@ class Loader:
         """Ends a loader that nobody waits for."""
         if self._child.poll() is None:
             self._child.kill()
-            self._child.communicate()
+            self._child.wait()
+        self._close()
+
+    def _close(self) -> None:
         self._channel.close()
+        self._stderr.close()
