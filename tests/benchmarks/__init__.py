@@ -1,0 +1,1 @@
+"""`make bench`: what tracing costs, against nothing, empty programs, the prototype and tcppktlat."""

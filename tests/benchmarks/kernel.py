@@ -1,0 +1,110 @@
+"""What the kernel says of BPF programs: who has attached what, and how long it ran."""
+
+from __future__ import annotations
+
+import ctypes as ct
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from otel_tcppktlat.probe.libbpf import Libbpf
+
+RECEIVE_HOOKS = ("tcp_probe", "tcp_rcv_space_adjust")
+_LINK_RAW_TRACEPOINT = 1
+_STATS_RUN_TIME = 0
+
+
+class _LinkInfo(ct.Structure):
+    """struct bpf_link_info of a raw tracepoint; BTF-typed ones are of that kind, too."""
+
+    _fields_ = [
+        ("type", ct.c_uint32), ("id", ct.c_uint32), ("prog_id", ct.c_uint32), ("unused", ct.c_uint32),
+        ("tp_name", ct.c_uint64), ("tp_name_len", ct.c_uint32), ("more", ct.c_uint8 * 64),
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Link:
+    """A program on a tracepoint."""
+
+    link_id: int
+    program_id: int
+    tracepoint: str
+
+
+@dataclass(frozen=True)
+class RunTime:
+    """ns that a program has taken, and its runs."""
+
+    ns: int
+    runs: int
+
+
+class Kernel:
+    """Needs root."""
+
+    def __init__(self, alone: bool) -> None:
+        """`alone`: whether it matters that nobody else traces."""
+        self._alone = alone
+        self._libbpf = Libbpf()
+        self._lib = self._libbpf.lib
+
+    def links(self) -> list[Link]:
+        """Every program on a tracepoint of ours, whoever attached it."""
+        found: list[Link] = []
+        link_id = ct.c_uint32(0)
+        while self._lib.bpf_link_get_next_id(link_id, ct.byref(link_id)) == 0:
+            fd = self._lib.bpf_link_get_fd_by_id(link_id)
+            if fd < 0:
+                continue  # gone meanwhile
+            name = ct.create_string_buffer(64)
+            info = _LinkInfo(tp_name=ct.addressof(name), tp_name_len=len(name))
+            size = ct.c_uint32(ct.sizeof(info))
+            known = self._lib.bpf_obj_get_info_by_fd(fd, ct.byref(info), ct.byref(size)) == 0
+            os.close(fd)
+            if known and info.type == _LINK_RAW_TRACEPOINT and name.value.decode() in RECEIVE_HOOKS:
+                found.append(Link(info.id, info.prog_id, name.value.decode()))
+        return found
+
+    def links_of(self, pid: int) -> list[Link]:
+        """Those of them that a process holds."""
+        held = set(_held_links(pid))
+        return [link for link in self.links() if link.link_id in held]
+
+    def disturbed(self, ours: Sequence[Link] = ()) -> bool:
+        """Does somebody else trace the receive path, so that round trips mean nothing?"""
+        known = {link.link_id for link in ours}
+        return self._alone and any(link.link_id not in known for link in self.links())
+
+    def run_time(self, program_id: int) -> RunTime:
+        """What a program has run while `counting`."""
+        fd = self._lib.bpf_prog_get_fd_by_id(program_id)
+        if fd < 0:
+            raise OSError(-fd, f"program {program_id}: {os.strerror(-fd)}")
+        try:
+            ns, runs, _ = self._libbpf.program_statistics(fd)
+        finally:
+            os.close(fd)
+        return RunTime(ns, runs)
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """kernel.bpf_stats_enabled, for as long as this lasts, even if this process is killed."""
+        fd = self._lib.bpf_enable_stats(_STATS_RUN_TIME)
+        if fd < 0:
+            raise OSError(-fd, f"bpf_stats: {os.strerror(-fd)}")
+        try:
+            yield
+        finally:
+            os.close(fd)
+
+
+def _held_links(pid: int) -> Iterator[int]:
+    folder = f"/proc/{pid}/fdinfo"
+    for fd in os.listdir(folder):
+        try:
+            with open(f"{folder}/{fd}") as info:
+                yield from (int(line.split()[1]) for line in info if line.startswith("link_id:"))
+        except FileNotFoundError:  # closed meanwhile
+            continue
