@@ -163,6 +163,7 @@ class Child:
         self.pid = os.fork()
         if not self.pid:
             status = 1
+            os.close(self._go[1])
             try:
                 while os.read(self._go[0], 1) == b"x":
                     function()
@@ -173,18 +174,20 @@ class Child:
             finally:
                 os._exit(status)
         os.close(self._done[1])
+        os.close(self._go[0])
 
     def run(self) -> None:
         """Has the function run once."""
         os.write(self._go[1], b"x")
+        eventually(lambda: readable(self._done[0]), "the child's function to return")
         assert os.read(self._done[0], 1) == b"x"
 
     def end(self) -> None:
         """Ends the process, which must have done well."""
-        os.write(self._go[1], b"q")
+        os.write(self._go[1], b"q")  # the end of file would not do: children made later hold this end, too
+        os.close(self._go[1])
         _, status = os.waitpid(self.pid, 0)
-        for fd in (*self._go, self._done[0]):
-            os.close(fd)
+        os.close(self._done[0])
         assert status == 0
 
 

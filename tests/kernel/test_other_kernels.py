@@ -1,0 +1,25 @@
+"""The oldest and the newest kernel that the programs must run on, in virtual machines."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from otel_tcppktlat.probe.launch import DISTRIBUTION_PYTHON
+
+HERE = Path(__file__).parent
+RUN_ON_KERNEL = HERE.parent / "support/run_on_kernel.py"
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("kernel", "flavours"), [("5.10", ["raw"]), ("7.x", ["typed", "raw"])])
+def test_loads_and_counts_right(kernel: str, flavours: list[str]) -> None:
+    command = [sys.executable, str(RUN_ON_KERNEL), "--timeout", "500", kernel, "--"]
+    command += [DISTRIBUTION_PYTHON, str(HERE / "on_kernel.py"), *flavours]
+    done = subprocess.run(command, capture_output=True, text=True)
+    print(done.stdout, done.stderr)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == len(flavours)
