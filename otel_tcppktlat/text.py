@@ -14,7 +14,7 @@ def name_text(name: bytes) -> str:
 def printable(name: bytes) -> str:
     """The same for a terminal: everything is escaped that could move its cursor, break a line, or is no UTF-8."""
     text = name.decode("utf-8", errors="backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def address_text(family: int, address: bytes) -> str:

@@ -26,7 +26,7 @@ AttributeKey = frozenset[tuple[str, Any]]
 
 
 class Listener:
-    """A listening socket, and connections to it; a context manager. Nagle's algorithm is off."""
+    """A listening socket, and connections to it; a context manager. Clients send at once."""
 
     def __init__(self, host: str = "127.0.0.1", port: int = 0, dual_stack: bool = False) -> None:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -38,10 +38,14 @@ class Listener:
         """(the client's socket, the server's)."""
         client = socket.create_connection((host or self.host, self.port))
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._open.append(client)
+        return client, self.accept()
+
+    def accept(self) -> socket.socket:
+        """The server's socket of a connection that somebody made."""
         server, _ = self._server.accept()
-        server.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._open += [client, server]
-        return client, server
+        self._open.append(server)
+        return server
 
     def __enter__(self) -> Listener:
         return self
