@@ -142,11 +142,14 @@ def offsets_from_headers(compile_program: Compile) -> dict[Field, int]:
             values[field] = int.from_bytes(code[4:8], "little")
         return values
 
-    found = compiled(FIELDS)
+    try:
+        return compiled(FIELDS + OPTIONAL)
+    except Exception:  # bcc raises a bare Exception when a program does not compile: not all fields are here
+        found = compiled(FIELDS)
     for field in OPTIONAL:
         try:
             found |= compiled((field,))
-        except Exception:  # bcc raises a bare Exception when a program does not compile: no such field here
+        except Exception:
             continue
     return found
 
