@@ -8,6 +8,7 @@ kernel/bpf/syscall.c). So counts, sums and events of an interval belong together
 from __future__ import annotations
 
 import ctypes as ct
+import os
 import struct
 import threading
 import time
@@ -299,3 +300,5 @@ class Probe:
     def close(self) -> None:
         """Detaches: the programs go with their last descriptor."""
         self._ring.close()
+        while self.loaded.descriptors:
+            os.close(self.loaded.descriptors.popitem()[1])

@@ -149,7 +149,7 @@ def test_exec_begins_a_series_of_its_own(traced: Traced, peer: TunPeer) -> None:
     conversation.send(10)
     program = "import os, sys; os.read(0, 10); os.write(1, b'x'); os.execv('/usr/bin/head', ['head', '-c', '10'])"
     with subprocess.Popen(
-        [sys.executable, "-c", program], stdin=conversation.socket, stdout=subprocess.PIPE
+        [sys.executable, "-c", program], stdin=conversation.socket.fileno(), stdout=subprocess.PIPE
     ) as process:
         assert process.stdout and process.stdout.read(1) == b"x"
         conversation.send(10)
