@@ -597,8 +597,14 @@ class TunPeer:
             listener.settimeout(5)
             conversation = self._converse(family, isn, window, mss, timestamps)
             conversation.local_port = listener.getsockname()[1]
-            conversation._emit(-1, _SYN, b"", {"ack": 0})
-            conversation._wait(lambda: conversation._acked == 0, "the handshake", 5)
+            for tries_left in range(9, -1, -1):  # a busy kernel may still be at its IPv6 address, and drop the SYN
+                conversation._emit(-1, _SYN, b"", {"ack": 0})
+                try:
+                    conversation._wait(lambda: conversation._acked == 0, "the handshake", 0.5)
+                    break
+                except TimeoutError:
+                    if not tries_left:
+                        raise
             conversation.socket = listener.accept()[0]
         return conversation
 
