@@ -40,7 +40,7 @@ def set_capabilities(*capabilities: int) -> None:
 def account(user: str) -> pwd.struct_passwd:
     """The account by name or number; LookupError if there is none."""
     try:
-        return pwd.getpwuid(int(user)) if user.isdigit() else pwd.getpwnam(user)
+        return pwd.getpwuid(int(user)) if user.isascii() and user.isdigit() else pwd.getpwnam(user)
     except KeyError:
         raise LookupError(f"there is no user {user!r}") from None
 

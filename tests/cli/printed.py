@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,8 @@ HEADER = "PID     COMM             LADDR           LPORT RADDR           RPORT M
 WIDE_HEADER = (
     "TIME(s)  PID     TID     COMM             LADDR                      LPORT RADDR                      RPORT MS"
 )
+PYTHON_VARIABLES = ("PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE")
+_BYTECODE = os.path.join(tempfile.gettempdir(), f"otel-tcppktlat-bytecode-{os.getuid()}")
 _ROW = re.compile(
     r"((?P<time>\d\d:\d\d:\d\d) +)?(?P<pid>\d+) +((?P<tid>\d+) +)?(?P<comm>\S.*?) +(?P<laddr>[0-9a-f.:]+)"
     r" +(?P<lport>\d+) +(?P<raddr>[0-9a-f.:]+) +(?P<rport>\d+) +(?P<ms>\d+\.\d\d)"
@@ -30,9 +33,9 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     kept = {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith("OTEL_") and name not in CA_VARIABLES and name != "PYTHONUNBUFFERED"
+        if not name.startswith("OTEL_") and name not in CA_VARIABLES and name not in PYTHON_VARIABLES
     }
-    return {**kept, "PYTHONPATH": str(REPOSITORY), **(extra or {})}
+    return {**kept, "PYTHONPATH": str(REPOSITORY), "PYTHONPYCACHEPREFIX": _BYTECODE, **(extra or {})}
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ def scene(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     }
     folder = tmp_path_factory.mktemp("agent")
     with told.scene(folder, "0", "--span-rate", "10000", environment=environment, protocol=protocol) as it:
+        it.settle()
         yield it
 
 
@@ -92,7 +93,7 @@ def test_a_collector_that_comes_late_and_goes(protocol: str, tmp_path: pathlib.P
         receiver.stop()
         environment = {PREFERENCE: "delta", "OTEL_EXPORTER_OTLP_TIMEOUT": "0.7"}
         with told.scene(
-            tmp_path, "0", environment=environment, protocol=protocol, receiver=receiver, wait=False
+            tmp_path, "0", environment=environment, protocol=protocol, receiver=receiver
         ) as scene:
             sender, reader = scene.listener.connect()
             for round_number in range(1, 3):

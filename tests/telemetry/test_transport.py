@@ -143,7 +143,7 @@ def test_mutual_tls_from_general_and_own_variables(
 def test_a_server_that_nobody_vouches_for(made: Certificates, others: Certificates, tmp_path: pathlib.Path) -> None:
     with Receiver(tls=ServerTls(made.server_certificate, made.server_key)) as receiver:
         environment = {**both_protocols(receiver), "OTEL_EXPORTER_OTLP_CERTIFICATE": str(others.ca)}
-        with told.scene(tmp_path, "0", environment=environment, receiver=receiver, wait=False) as scene:
+        with told.scene(tmp_path, "0", environment=environment, receiver=receiver) as scene:
             deliver(*scene.listener.connect())
             scene.agent.wait_for_stderr("encountered while exporting metrics")
             scene.agent.wait_for_stderr("CERTIFICATE_VERIFY_FAILED")

@@ -91,9 +91,8 @@ def scene(
     host: str = "127.0.0.1",
     dual_stack: bool = False,
     side: str = "-l",
-    wait: bool = True,
 ) -> Iterator[Scene]:
-    """Starts all three; returns when the agent has exported once, unless not to `wait`.
+    """Starts all three; returns when the agent counts.
 
     side: whether the port is the local one of what is measured ("-l") or the remote one ("-r").
     """
@@ -105,14 +104,12 @@ def scene(
         variables = {
             "OTEL_EXPORTER_OTLP_ENDPOINT": endpoint,
             "OTEL_EXPORTER_OTLP_PROTOCOL": protocol,
-            "OTEL_METRIC_EXPORT_INTERVAL": "300",
+            "OTEL_METRIC_EXPORT_INTERVAL": "200",
             "OTEL_BSP_SCHEDULE_DELAY": "100",
             **(environment or {}),
         }
         agent = stack.enter_context(Agent(folder, ["-v", side, str(listener.port), *arguments], variables))
         agent.wait_for_stderr("otel-tcppktlat: attached")
-        if wait:
-            settle(receiver)
         yield Scene(listener, receiver, agent)
 
 
