@@ -369,6 +369,19 @@ def run(a: argparse.Namespace, folder: pathlib.Path, stack: contextlib.ExitStack
     return status
 
 
+def prepare(name: str, headers: bool = False, update: bool = False) -> pathlib.Path:
+    """Fetches what is missing of a kernel, QEMU and the rest; returns the kernel's folder, named by its release."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with open(CACHE / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        update_lists(update)
+        fetch_tools()
+        if not (releases := matching(name, served() + here())):
+            fail(f"there is no kernel {name}: see --list")
+        fetch_kernel(releases[-1], headers)
+        return CACHE / releases[-1]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         usage="%(prog)s [options] KERNEL -- COMMAND ARG...\n       %(prog)s --list",
@@ -393,22 +406,16 @@ def main() -> int:
         parser.error("name a kernel and a command: run_on_kernel.py 5.10 -- uname -a")
     if os.geteuid() or os.uname().machine != "x86_64":
         fail("it needs root, on amd64")
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with open(CACHE / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    if a.list:
+        CACHE.mkdir(parents=True, exist_ok=True)
         update_lists(a.update)
-        if a.list:
-            show_list()
-            return 0
-        fetch_tools()
-        if not (releases := matching(a.kernel, served() + here())):
-            fail(f"there is no kernel {a.kernel}: see --list")
-        release = releases[-1]
-        fetch_kernel(release, a.headers)
+        show_list()
+        return 0
+    folder = prepare(a.kernel, a.headers, a.update)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     for _ in range(3):  # now and then QEMU stops at an assertion (iotlb_to_section) while the guest starts
         with contextlib.ExitStack() as stack:
-            if (status := run(a, CACHE / release, stack)) is not None:
+            if (status := run(a, folder, stack)) is not None:
                 return status
         tell("the guest did not start")
     return 125
