@@ -71,7 +71,7 @@ class _Number:
     unit: str
     description: str
     attributes: AttributeSet
-    value: int
+    value: float
     monotonic: bool = True
 
     @property
@@ -110,7 +110,7 @@ class Collector:
         self._started_unix_ns = self._collected_unix_ns = time.time_ns()
         self._nothing = Acknowledged((0,) * totals.buckets, 0, self._started_unix_ns)
         self._acknowledged: dict[AttributeSet, Acknowledged] = {}
-        self._acknowledged_numbers: dict[tuple[str, AttributeSet], tuple[int, int]] = {}
+        self._acknowledged_numbers: dict[tuple[str, AttributeSet], tuple[float, int]] = {}
         self._slowest: dict[tuple[AttributeSet, int], Event] = {}
         self._exemplars: dict[AttributeSet, dict[int, Exemplar]] = {}
         self.last_duration_s = 0.0
@@ -147,7 +147,6 @@ class Collector:
             unix_offset_ns = time.time_ns() - time.monotonic_ns()
             unix_ns = ended_ns + unix_offset_ns
             self._make_exemplars(unix_ns, unix_offset_ns)
-            self._collected_unix_ns = unix_ns
             batches = [self._numbers_batch(unix_ns), *self._histogram_batches(unix_ns)]
             self._collected_unix_ns = unix_ns
             self.last_duration_s = time.monotonic() - began_s
@@ -243,9 +242,9 @@ class Collector:
                 for name, (_, _, skipped) in statistics.items()
             ),
             *(
-                _Number("tcppktlat.bpf.run.time", "ns",
+                _Number("tcppktlat.bpf.run.time", "s",
                         "Time spent in a program; counted while kernel.bpf_stats_enabled is 1.",
-                        (("tcppktlat.bpf.program", name),), run_ns)
+                        (("tcppktlat.bpf.program", name),), run_ns / 1e9)
                 for name, (run_ns, runs, _) in statistics.items()
                 if runs
             ),
@@ -271,9 +270,9 @@ class Collector:
         temporality = self._temporality.counter if first.monotonic else CUMULATIVE
         points = []
         for number in group:
-            value, since_unix_ns = (0, self._started_unix_ns)
+            known: tuple[float, int] = (0, self._started_unix_ns)
             if temporality == DELTA:
-                value, since_unix_ns = self._acknowledged_numbers.get(number.key, (value, since_unix_ns))
-            points.append(number_point(number.attributes, number.value - value, since_unix_ns, unix_ns))
+                known = self._acknowledged_numbers.get(number.key, known)
+            points.append(number_point(number.attributes, number.value - known[0], known[1], unix_ns))
         data = Sum(points, temporality, first.monotonic)
         return Metric(first.metric, first.description, first.unit, data)

@@ -101,6 +101,6 @@ def histogram_data(points: Sequence[Point], temporality: AggregationTemporality)
     )
 
 
-def number_point(attributes: AttributeSet, value: int, since_unix_ns: int, unix_ns: int) -> NumberDataPoint:
+def number_point(attributes: AttributeSet, value: float, since_unix_ns: int, unix_ns: int) -> NumberDataPoint:
     """A number as a point."""
     return NumberDataPoint(dict(attributes), since_unix_ns, unix_ns, value)

@@ -1,7 +1,7 @@
 """Offsets from kernel headers are those of the same kernel's BTF.
 
-The headers are Debian's for 6.1, found by bcc where it always looks, in a mount namespace; the BTF is that of the kernel
-that they belong to. `run_on_kernel.py --no-btf --headers 6.1 -- ... on_kernel.py raw` runs the programs with them, in minutes.
+The headers are Debian's for 6.1, found by bcc where it always looks, in a mount namespace; the BTF is that kernel's own.
+`run_on_kernel.py --no-btf --headers 6.1 -- ... on_kernel.py raw` runs the programs with them, in minutes.
 """
 
 from __future__ import annotations
