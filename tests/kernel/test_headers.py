@@ -1,17 +1,21 @@
 """Offsets from kernel headers are those of the same kernel's BTF.
 
-The headers are Debian's for 6.1, found by bcc where it always looks, in a mount namespace; the BTF is that kernel's own.
+The headers are Debian's for 6.1, found by bcc where it always looks, in a mount namespace; the BTF is its kernel's own.
 `run_on_kernel.py --no-btf --headers 6.1 -- ... on_kernel.py raw` runs the programs with them, in minutes.
 """
 
 from __future__ import annotations
 
 import os
+import pathlib
 import subprocess
+from collections.abc import Iterator
 
-from otel_tcppktlat.probe.launch import DISTRIBUTION_PYTHON
+import pytest
 from support.agent import REPOSITORY
 from support.run_on_kernel import prepare
+
+from otel_tcppktlat.probe.launch import DISTRIBUTION_PYTHON
 
 INSTALL = """
 mount -t tmpfs none /lib/modules && mkdir /lib/modules/"$(uname -r)"
