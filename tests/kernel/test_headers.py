@@ -12,10 +12,10 @@ import subprocess
 from collections.abc import Iterator
 
 import pytest
-from support.agent import REPOSITORY
-from support.run_on_kernel import prepare
 
 from otel_tcppktlat.probe.launch import DISTRIBUTION_PYTHON
+from support.agent import REPOSITORY
+from support.run_on_kernel import prepare
 
 INSTALL = """
 mount -t tmpfs none /lib/modules && mkdir /lib/modules/"$(uname -r)"
