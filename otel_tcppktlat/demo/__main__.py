@@ -46,7 +46,7 @@ def _show_histogram(point: Point) -> None:
         upper = (
             f"<= {_duration(point.bounds[index])}" if index < len(point.bounds) else f"> {_duration(point.bounds[-1])}"
         )
-        print(f"  {upper:>10} {count:>7}  {bar}")
+        print(f"  {upper:>10} {count:>7}  {bar}".rstrip())
 
 
 def _show_exemplar(exemplar: ExemplarRecord, span: SpanRecord) -> None:
@@ -58,7 +58,7 @@ def _show_exemplar(exemplar: ExemplarRecord, span: SpanRecord) -> None:
         f"pid {who['process.pid']}, {who['thread.name']}, "
         f"{who['network.peer.address']}:{who['network.peer.port']} -> "
         f"{who['network.local.address']}:{who['network.local.port']}, "
-        f"{who['tcppktlat.segments']} segments, {who['tcppktlat.bytes']} bytes"
+        f"segments: {who['tcppktlat.segments']}, bytes: {who['tcppktlat.bytes']}"
     )
 
 
