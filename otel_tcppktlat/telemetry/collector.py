@@ -62,6 +62,17 @@ class Batch:
     scope_metrics: ScopeMetrics
     acknowledge: Callable[[], None]
 
+    def with_(self, other: Batch) -> Batch:
+        """Both in one request."""
+
+        def acknowledge() -> None:
+            self.acknowledge()
+            other.acknowledge()
+
+        metrics = [*self.scope_metrics.metrics, *other.scope_metrics.metrics]
+        scope = self.scope_metrics
+        return Batch(ScopeMetrics(scope.scope, metrics, scope.schema_url), acknowledge)
+
 
 @dataclass(frozen=True)
 class _Number:
@@ -147,7 +158,8 @@ class Collector:
             unix_offset_ns = time.time_ns() - time.monotonic_ns()
             unix_ns = ended_ns + unix_offset_ns
             self._make_exemplars(unix_ns, unix_offset_ns)
-            batches = [self._numbers_batch(unix_ns), *self._histogram_batches(unix_ns)]
+            numbers, histograms = self._numbers_batch(unix_ns), list(self._histogram_batches(unix_ns))
+            batches = [numbers.with_(histograms[0]), *histograms[1:]] if histograms else [numbers]
             self._collected_unix_ns = unix_ns
             self.last_duration_s = time.monotonic() - began_s
         self._on_collected()

@@ -92,9 +92,7 @@ def test_a_collector_that_comes_late_and_goes(protocol: str, tmp_path: pathlib.P
     with Receiver() as receiver:
         receiver.stop()
         environment = {PREFERENCE: "delta", "OTEL_EXPORTER_OTLP_TIMEOUT": "0.7"}
-        with told.scene(
-            tmp_path, "0", environment=environment, protocol=protocol, receiver=receiver
-        ) as scene:
+        with told.scene(tmp_path, "0", environment=environment, protocol=protocol, receiver=receiver) as scene:
             sender, reader = scene.listener.connect()
             for round_number in range(1, 3):
                 deliver(sender, reader, 0.1)
