@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pathlib
 import statistics
 import subprocess
@@ -14,15 +13,16 @@ from dataclasses import dataclass
 from otel_tcppktlat.demo.receiver import Receiver
 
 from .kernel import Kernel
+from .machine import Cores, cpu_s
 from .pingpong import PingPong
 from .report import BenchmarkError, Goal, Report
-from .subjects import SETTLE_S, Cores, Process, start_agent, stop, wait_until_attached, wait_until_quiet
+from .subjects import Process, start_agent, stop, wait_until_attached, wait_until_quiet
 
+SETTLE_S = 0.5  # after attaching: the exporters start
 RSS_LIMIT_MB, CPU_LIMIT = 60, 0.01
 INTERVAL_S = 10.0  # a sixth of the default: what an export costs weighs more than it does by default
 EXPORTS = 2
 _PROTOCOLS = {"gRPC": "grpc", "HTTP": "http/protobuf"}
-_TICKS = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True)
@@ -41,15 +41,10 @@ def _rss_mb(pid: int) -> float:
     raise BenchmarkError(f"process {pid} has no VmRSS")
 
 
-def _cpu_s(pid: int) -> float:
-    after_name = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(after_name[11]) + int(after_name[12])) / _TICKS  # utime, stime: proc_pid_stat(5)
-
-
 def _cpu_share(pid: int, work: Callable[[], object]) -> float:
-    began_s, cpu_s = time.monotonic(), _cpu_s(pid)
+    began_s, before_s = time.monotonic(), cpu_s(pid)
     work()
-    return (_cpu_s(pid) - cpu_s) / (time.monotonic() - began_s)
+    return (cpu_s(pid) - before_s) / (time.monotonic() - began_s)
 
 
 def _exports(receiver: Receiver, protocol: str) -> int:

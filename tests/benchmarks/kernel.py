@@ -50,8 +50,8 @@ class Kernel:
         self._libbpf = Libbpf()
         self._lib = self._libbpf.lib
 
-    def links(self) -> list[Link]:
-        """Every program on a tracepoint of ours, whoever attached it."""
+    def links(self, receive_only: bool = True) -> list[Link]:
+        """Every program on a tracepoint (of the receive path), whoever attached it, oldest first."""
         found: list[Link] = []
         link_id = ct.c_uint32(0)
         while self._lib.bpf_link_get_next_id(link_id, ct.byref(link_id)) == 0:
@@ -63,14 +63,31 @@ class Kernel:
             size = ct.c_uint32(ct.sizeof(info))
             known = self._lib.bpf_obj_get_info_by_fd(fd, ct.byref(info), ct.byref(size)) == 0
             os.close(fd)
-            if known and info.type == _LINK_RAW_TRACEPOINT and name.value.decode() in RECEIVE_HOOKS:
+            if known and info.type == _LINK_RAW_TRACEPOINT:
                 found.append(Link(info.id, info.prog_id, name.value.decode()))
-        return found
+        return [link for link in found if not receive_only or link.tracepoint in RECEIVE_HOOKS]
 
-    def links_of(self, pid: int) -> list[Link]:
+    def links_of(self, pid: int, receive_only: bool = True) -> list[Link]:
         """Those of them that a process holds."""
         held = set(_held_links(pid))
-        return [link for link in self.links() if link.link_id in held]
+        return [link for link in self.links(receive_only) if link.link_id in held]
+
+    def attach(self, link: Link, typed: bool) -> int:
+        """Attaches a program that is loaded as `link` once did; it stays so until the descriptor is closed."""
+        program = self._open_program(link.program_id)
+        try:
+            fd = int(self._lib.bpf_raw_tracepoint_open(None if typed else link.tracepoint.encode(), program))
+        finally:
+            os.close(program)
+        if fd < 0:
+            raise OSError(-fd, f"tracepoint {link.tracepoint}: {os.strerror(-fd)}")
+        return fd
+
+    def _open_program(self, program_id: int) -> int:
+        fd = int(self._lib.bpf_prog_get_fd_by_id(program_id))
+        if fd < 0:
+            raise OSError(-fd, f"program {program_id}: {os.strerror(-fd)}")
+        return fd
 
     def disturbed(self, ours: Sequence[Link] = ()) -> bool:
         """Does somebody else trace the receive path, so that round trips mean nothing?"""
@@ -79,9 +96,7 @@ class Kernel:
 
     def run_time(self, program_id: int) -> RunTime:
         """What a program has run while `counting`."""
-        fd = self._lib.bpf_prog_get_fd_by_id(program_id)
-        if fd < 0:
-            raise OSError(-fd, f"program {program_id}: {os.strerror(-fd)}")
+        fd = self._open_program(program_id)
         try:
             ns, runs, _ = self._libbpf.program_statistics(fd)
         finally:

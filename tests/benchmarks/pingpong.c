@@ -17,7 +17,7 @@
 #include <unistd.h>
 
 #define MESSAGE 64
-#define WARM_UP_S 0.2
+#define WARM_UP_S 0.05
 #define SLICE_S 0.02
 #define BETWEEN_CLOCKS 32 /* round trips */
 

@@ -7,13 +7,14 @@ import shutil
 import statistics
 import subprocess
 import sys
+import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 
 from otel_tcppktlat.demo.receiver import Receiver
 
 from .kernel import RECEIVE_HOOKS, Kernel, Link
+from .machine import Cores
 from .report import BenchmarkError, Goal, Report
 from .subjects import (
     DISTURBED,
@@ -21,16 +22,18 @@ from .subjects import (
     FLAVOURS,
     NOTHING,
     OURS,
+    PEER,
     PROTOTYPE,
-    Cores,
-    Subject,
+    label,
+    loaded_subjects,
     peer_runs,
-    subjects,
-    tracing,
+    tracing_peer,
+    wait_until_quiet,
 )
 
 COST_LIMIT, TRIPS_LIMIT = 1.1, 0.95
 ATTEMPTS = 5  # at a window without another tracer
+PEER_ROUNDS = 5
 
 
 class PingPong:
@@ -41,34 +44,35 @@ class PingPong:
         compiler = shutil.which("cc")
         if compiler is None:
             raise BenchmarkError("no C compiler for the ping-pong: install one (gcc on Debian and Ubuntu)")
-        self._core, self._program = cores.measured, folder / "pingpong"
+        self.cores, self._program = cores, folder / "pingpong"
         source = pathlib.Path(__file__).with_suffix(".c")
         if subprocess.run([compiler, "-O2", "-Wall", "-o", self._program, source]).returncode:
             raise BenchmarkError("the C compiler cannot make the ping-pong: install its headers (libc6-dev on Debian)")
 
-    def start(self, seconds: float) -> subprocess.Popen[str]:
-        """Starts it; it ends by itself."""
-        return subprocess.Popen([self._program, str(self._core), f"{seconds:g}"], stdout=subprocess.PIPE, text=True)
-
     def round_trips(self, seconds: float) -> float:
         """Round trips per second: the median of short slices, so that what interrupts it does not count."""
-        process = self.start(seconds)
-        output, _ = process.communicate()
+        command = [str(self._program), str(self.cores.measured), f"{seconds:g}"]
+        process = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         if process.returncode:
             raise BenchmarkError(f"the ping-pong ended with status {process.returncode}")
-        return statistics.median(map(float, output.split()))
+        return statistics.median(map(float, process.stdout.split()))
 
 
-@dataclass
-class Samples:
-    """What the rounds gave for one subject, a value a round."""
+@dataclass(frozen=True)
+class Sample:
+    """One subject in one round. `others`: what other processes used meanwhile, in cores."""
 
-    round_trips: list[float] = field(default_factory=list)
-    hook_ns: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    round_trips: float
+    hook_ns: dict[str, float]
+    others: float
 
-    def ns(self, hook: str) -> float:
-        """Time of one run of the program there, as bpf_stats counts it."""
-        return statistics.median(self.hook_ns[hook])
+    @property
+    def both_ns(self) -> float:
+        """Time of a run of each hook."""
+        return sum(self.hook_ns.values())
+
+
+Samples = dict[int, Sample]  # by round
 
 
 def measure(pingpong: PingPong, kernel: Kernel, endpoint: str, rounds: int, seconds: float) -> dict[str, Samples]:
@@ -76,13 +80,17 @@ def measure(pingpong: PingPong, kernel: Kernel, endpoint: str, rounds: int, seco
     peer = peer_runs()
     if not peer:
         print("tcppktlat could not be downloaded: its row is missing", file=sys.stderr)
-    found: dict[str, Samples] = defaultdict(Samples)
-    for number in range(rounds):
-        order = subjects(endpoint, peer)
-        for subject in order if number % 2 == 0 else reversed(order):  # neighbours stay neighbours, drift cancels out
-            _progress(f"round {number + 1} of {rounds}: {subject.label}")
-            with tracing(subject, kernel) as links:
-                _sample(found[subject.label], pingpong, kernel, links, seconds)
+    found: dict[str, Samples] = defaultdict(dict)
+    wait_until_quiet(kernel)
+    with loaded_subjects(endpoint, kernel) as subjects:
+        for number in range(rounds):
+            _progress(f"round {number + 1} of {rounds}")
+            for subject in subjects if number % 2 else reversed(subjects):  # neighbours remain, drift cancels out
+                with subject.tracing(kernel) as links:
+                    found[subject.label][number] = _sample(pingpong, kernel, links, seconds)
+            if peer and number % max(1, rounds // PEER_ROUNDS) == 0:
+                with tracing_peer(kernel) as links:
+                    found[PEER][number] = _sample(pingpong, kernel, links, seconds)
     _progress("")
     return found
 
@@ -92,67 +100,65 @@ def _progress(text: str) -> None:
         print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
 
 
-def _sample(samples: Samples, pingpong: PingPong, kernel: Kernel, links: Sequence[Link], seconds: float) -> None:
+def _sample(pingpong: PingPong, kernel: Kernel, links: Sequence[Link], seconds: float) -> Sample:
     for _ in range(ATTEMPTS):
+        began_s, busy_s = time.monotonic(), pingpong.cores.busy_s()
         round_trips = pingpong.round_trips(seconds)
         with kernel.counting():
             before = [kernel.run_time(link.program_id) for link in links]
             pingpong.round_trips(seconds)
             after = [kernel.run_time(link.program_id) for link in links]
+        others = (pingpong.cores.busy_s() - busy_s) / (time.monotonic() - began_s)
         if not kernel.disturbed(links):
             break
+        wait_until_quiet(kernel, links)
     else:
         raise BenchmarkError(DISTURBED)
-    samples.round_trips.append(round_trips)
-    for link, earlier, later in zip(links, before, after, strict=True):
-        samples.hook_ns[link.tracepoint].append((later.ns - earlier.ns) / (later.runs - earlier.runs))
+    hook_ns = {
+        link.tracepoint: (later.ns - earlier.ns) / (later.runs - earlier.runs)
+        for link, earlier, later in zip(links, before, after, strict=True)
+    }
+    return Sample(round_trips, hook_ns, others)
 
 
 def _share(samples: Samples, base: Samples) -> float:
     """Round trips as a share of those of `base`, compared round by round."""
-    return statistics.median(each / other for each, other in zip(samples.round_trips, base.round_trips, strict=True))
+    return statistics.median(sample.round_trips / base[number].round_trips for number, sample in samples.items())
 
 
 def _over(samples: Samples, base: Samples) -> float:
     """ns of both hooks above `base`, compared round by round."""
-    return statistics.median(sum(each) - sum(other) for each, other in zip(_both(samples), _both(base), strict=True))
+    return statistics.median(sample.both_ns - base[number].both_ns for number, sample in samples.items())
 
 
-def _both(samples: Samples) -> Iterable[tuple[float, ...]]:
-    return zip(*(samples.hook_ns[hook] for hook in RECEIVE_HOOKS), strict=True)
+def _round_trips(samples: Samples) -> float:
+    return statistics.median(sample.round_trips for sample in samples.values())
 
 
 def report(found: dict[str, Samples]) -> Report:
     """The table and the goals."""
-    rows, figures = [], {}
-    for label, samples in found.items():
-        kind, _, flavour = label.partition(", ")
-        base = found.get(Subject(EMPTY, flavour or FLAVOURS[0]).label)
-        assert base is not None
-        traced = kind != NOTHING
-        trips = statistics.median(samples.round_trips)
-        share = _share(samples, base if traced and kind != EMPTY else found[NOTHING])
-        over = _over(samples, base) if traced else 0.0
+    rows: list[list[str]] = []
+    for name, samples in found.items():
+        kind, _, flavour = name.partition(", ")
+        base = found[label(EMPTY, flavour or FLAVOURS[0])]
+        hooks = [
+            statistics.median(sample.hook_ns.get(hook, 0) for sample in samples.values()) for hook in RECEIVE_HOOKS
+        ]
+        compared = kind not in (NOTHING, EMPTY)
         rows.append(
             [
-                label,
-                *(f"{samples.ns(hook):,.0f}" if traced else "-" for hook in RECEIVE_HOOKS),
-                f"{over:,.0f}" if traced and kind != EMPTY else "-",
-                f"{trips:,.0f}",
-                f"{share:.1%}" if traced and kind != EMPTY else "-",
+                name,
+                *(f"{ns:,.0f}" if kind != NOTHING else "-" for ns in hooks),
+                f"{_over(samples, base):,.0f}" if compared else "-",
+                f"{_round_trips(samples):,.0f}",
+                f"{_share(samples, base):.1%}" if compared else "-",
             ]
         )
-        figures[label] = {
-            "round_trips_per_s": samples.round_trips,
-            "hook_ns": dict(samples.hook_ns),
-            "share_of_empty": share if traced and kind != EMPTY else None,
-            "over_empty_ns": over,
-        }
     goals = []
     for flavour in FLAVOURS:
-        ours, prototype, empty = (found[Subject(kind, flavour).label] for kind in (OURS, PROTOTYPE, EMPTY))
+        ours, prototype, empty = (found[label(kind, flavour)] for kind in (OURS, PROTOTYPE, EMPTY))
         cost, reference = _over(ours, empty), _over(prototype, empty)
-        share = _share(ours, empty)
+        share, trip_ns = _share(ours, empty), 1e9 / _round_trips(empty)
         goals += [
             Goal(
                 f"{flavour}: {cost:.0f} ns over the empty programs, {cost / reference:.2f} times the prototype's "
@@ -160,18 +166,25 @@ def report(found: dict[str, Samples]) -> Report:
                 cost <= COST_LIMIT * reference,
             ),
             Goal(
-                f"{flavour}: {share:.1%} of the round trips that the empty programs leave (at least {TRIPS_LIMIT:.0%})",
+                f"{flavour}: {share:.1%} of the round trips that the empty programs leave (at least {TRIPS_LIMIT:.0%}; "
+                f"kernel time alone makes {trip_ns / (trip_ns + 2 * cost):.1%})",
                 share >= TRIPS_LIMIT,
             ),
         ]
-    rounds = len(found[NOTHING].round_trips)
+    rounds = len(found[NOTHING])
+    others = statistics.mean(
+        sample.others for name, samples in found.items() if name != PEER for sample in samples.values()
+    )
     return Report(
         "64-byte ping-pong over loopback, both ends on one core",
         ["under", *(f"{hook}, ns" for hook in RECEIVE_HOOKS), "both over empty, ns", "round trips/s", "of empty's"],
         rows,
         goals,
-        [f"Medians of {rounds} interleaved rounds. ns: a run of the program as bpf_stats counts it, clock included."],
-        figures,
+        [
+            f"Medians of {rounds} interleaved rounds. ns: a run of the program as bpf_stats counts it, clock included. "
+            f"The other cores were busy {others:.0%} of the time: with hyper-threads, that makes round trips noisy."
+        ],
+        {name: {number: asdict(sample) for number, sample in samples.items()} for name, samples in found.items()},
     )
 
 

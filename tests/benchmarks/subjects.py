@@ -1,14 +1,13 @@
-"""What is measured: subjects that trace in a process of their own, one at a time."""
+"""What is measured: programs of processes that are all running; one set at a time is attached."""
 
 from __future__ import annotations
 
 import os
 import pathlib
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO
@@ -21,64 +20,76 @@ from .report import BenchmarkError
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 TCPPKTLAT = REPOSITORY / "tests" / "support" / "tcppktlat"
 FLAVOURS = ("typed", "raw")
-START_LIMIT_S = 60.0
-STOP_LIMIT_S = 15.0
-SETTLE_S = 0.3  # after attaching: the agent starts its exporters, tcppktlat its reader
-QUIET_LIMIT_S = 600.0
+NOTHING, EMPTY, OURS, PROTOTYPE, PEER = "nothing", "empty programs", "otel-tcppktlat", "prototype", "tcppktlat"
 DISTURBED = "another program traces tcp_probe or tcp_rcv_space_adjust: end it, or use --not-alone"
+START_LIMIT_S, STOP_LIMIT_S, QUIET_LIMIT_S = 60.0, 15.0, 600.0
 
 Process = subprocess.Popen[bytes]
 
 
-class Cores:
-    """`measured` is the ping-pong's."""
-
-    def __init__(self) -> None:
-        self._all = sorted(os.sched_getaffinity(0))
-        self.measured = self._all[0]
-
-    @contextmanager
-    def kept_apart(self) -> Iterator[None]:
-        """This process and all that it starts leave the measured core alone, if there is another one."""
-        os.sched_setaffinity(0, self._all[1:] or self._all)
-        yield
-        os.sched_setaffinity(0, self._all)
-
-
 @dataclass(frozen=True)
 class Subject:
-    """`start` returns the process that will hold the programs; None where nothing traces."""
+    """One set of programs. They stay loaded as long as `process` runs; `tracing` attaches them."""
 
     kind: str
     flavour: str = ""
-    start: Callable[[], Process] | None = None
+    process: Process | None = None
+    links: Sequence[Link] = ()
 
     @property
     def label(self) -> str:
         """Its name in tables."""
-        return f"{self.kind}, {self.flavour}" if self.flavour else self.kind
+        return label(self.kind, self.flavour)
+
+    @contextmanager
+    def tracing(self, kernel: Kernel) -> Iterator[list[Link]]:
+        """Attaches the programs; gives those of the receive path."""
+        descriptors = [kernel.attach(link, typed=self.flavour == "typed") for link in self.links]
+        try:
+            yield kernel.links_of(os.getpid())
+        finally:
+            for fd in descriptors:
+                os.close(fd)
 
 
-NOTHING, EMPTY, OURS, PROTOTYPE, PEER = "nothing", "empty programs", "otel-tcppktlat", "prototype", "tcppktlat"
+def label(kind: str, flavour: str) -> str:
+    """A subject's name in tables."""
+    return f"{kind}, {flavour}" if flavour else kind
 
 
-def subjects(endpoint: str, with_peer: bool) -> list[Subject]:
-    """All of them, in the order in which a round measures them; the agent exports to `endpoint`."""
+@contextmanager
+def loaded_subjects(endpoint: str, kernel: Kernel) -> Iterator[list[Subject]]:
+    """All that can be detached, in the order in which a round measures them. The agents export to `endpoint`."""
+    subjects = [Subject(NOTHING)]
+    try:
+        for flavour in FLAVOURS:
+            for kind, process in (
+                (EMPTY, _start_holder("empty", flavour)),
+                (OURS, start_agent(flavour, endpoint, detachable=True)),
+                (PROTOTYPE, _start_holder("prototype", flavour)),
+            ):
+                subjects.append(Subject(kind, flavour, process))
+        subjects = [_detached(subject, kernel) for subject in subjects]
+        yield subjects
+    finally:
+        for subject in subjects:
+            if subject.process:
+                stop(subject.process)
 
-    def held(kind: str, programs: str, flavour: str) -> Subject:
-        return Subject(kind, flavour, lambda: _start_holder(programs, flavour))
 
-    def ours(flavour: str) -> Subject:
-        return Subject(OURS, flavour, lambda: start_agent(flavour, endpoint))
-
-    found = [Subject(NOTHING)]
-    for flavour in FLAVOURS:
-        found += [
-            held(EMPTY, "empty", flavour),
-            ours(flavour),
-            held(PROTOTYPE, "prototype", flavour),
-        ]
-    return [*found, Subject(PEER, start=_start_peer)] if with_peer else found
+def _detached(subject: Subject, kernel: Kernel) -> Subject:
+    """Waits for its programs, remembers them, and has the process let go of them."""
+    process = subject.process
+    if process is None:
+        return subject
+    wait_until_attached(process, kernel)
+    links = kernel.links_of(process.pid, receive_only=False)
+    assert process.stdin
+    process.stdin.write(b"detach\n")
+    process.stdin.flush()
+    while process.poll() is None and kernel.links_of(process.pid):
+        time.sleep(0.01)
+    return Subject(subject.kind, subject.flavour, process, links)
 
 
 def _start_holder(programs: str, flavour: str) -> Process:
@@ -94,25 +105,20 @@ def start_agent(
     flavour: str,
     endpoint: str,
     environment: Mapping[str, str] | None = None,
+    *,
+    detachable: bool = False,
     verbose: bool = False,
     stderr: IO[bytes] | int | None = None,
 ) -> Process:
     """The product, exporting to `endpoint`: default settings but for `environment`."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("OTEL_")}
+    module = "tests.benchmarks.detachable" if detachable else "otel_tcppktlat"
+    arguments = ["--flavour", flavour, "--otlp", endpoint] + ["-v"] * verbose
     return subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "otel_tcppktlat",
-            "--flavour",
-            flavour,
-            "--otlp",
-            endpoint,
-            *(["-v"] if verbose else []),
-        ],
+        [sys.executable, "-m", module, *arguments],
         cwd=REPOSITORY,
         env={**inherited, **(environment or {})},
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.PIPE if detachable else subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=stderr,
     )
@@ -120,42 +126,30 @@ def start_agent(
 
 def peer_runs() -> bool:
     """Can tcppktlat be had? Its first use downloads it."""
-    return (
-        subprocess.run([TCPPKTLAT, "--version"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
-    )
+    nowhere = subprocess.DEVNULL
+    return subprocess.run([TCPPKTLAT, "--version"], stdout=nowhere, stderr=nowhere).returncode == 0
 
 
-def _start_peer() -> Process:
-    return subprocess.Popen([TCPPKTLAT], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+@contextmanager
+def tracing_peer(kernel: Kernel) -> Iterator[list[Link]]:
+    """tcppktlat, started and ended: it cannot be detached."""
+    process = subprocess.Popen([TCPPKTLAT], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    try:
+        yield wait_until_attached(process, kernel)
+    finally:
+        stop(process)
 
 
 def stop(process: Process) -> None:
     """Ends a process that this module started."""
-    if process.stdin:
-        process.stdin.close()
-    else:
-        process.send_signal(signal.SIGTERM)
+    process.terminate()
     try:
         process.wait(STOP_LIMIT_S)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-
-
-@contextmanager
-def tracing(subject: Subject, kernel: Kernel) -> Iterator[list[Link]]:
-    """Runs a subject; gives its programs on the receive path once all are attached."""
-    wait_until_quiet(kernel)
-    if subject.start is None:
-        yield []
-        return
-    process = subject.start()
-    try:
-        links = wait_until_attached(process, kernel)
-        time.sleep(SETTLE_S)
-        yield links
-    finally:
-        stop(process)
+    if process.stdin:
+        process.stdin.close()
 
 
 def wait_until_attached(process: Process, kernel: Kernel, poll_s: float = 0.02) -> list[Link]:
@@ -171,10 +165,10 @@ def wait_until_attached(process: Process, kernel: Kernel, poll_s: float = 0.02) 
     raise BenchmarkError(f"{process.args!r} attached nothing within {START_LIMIT_S:g} s")
 
 
-def wait_until_quiet(kernel: Kernel) -> None:
+def wait_until_quiet(kernel: Kernel, ours: Sequence[Link] = ()) -> None:
     """Waits until nobody else traces the receive path. Raises BenchmarkError when that takes too long."""
     end_s = time.monotonic() + QUIET_LIMIT_S
-    while kernel.disturbed():
+    while kernel.disturbed(ours):
         if time.monotonic() > end_s:
             raise BenchmarkError(DISTURBED)
         time.sleep(0.2)

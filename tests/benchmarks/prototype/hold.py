@@ -1,4 +1,4 @@
-"""Loads one set of programs, attaches it and holds it until its standard input ends: hold.py SET FLAVOUR.
+"""Loads one set of programs, attaches it, detaches it when a line comes on stdin: hold.py SET FLAVOUR.
 
 SET is `prototype` or `empty`; FLAVOUR is `typed` (BTF-typed tracepoints, socket storage) or `raw` (raw tracepoints, a
 hash). Runs under the distribution's Python, where bcc is: the standard library, bcc, and the product's loader only.
@@ -106,9 +106,12 @@ def hold(name: str, flavour: str) -> list[int]:
 
 
 def main() -> None:
-    """Holds them until the standard input ends."""
-    _links = hold(*sys.argv[1:3])
-    sys.stdin.read()
+    """Keeps them until the standard input ends."""
+    links = hold(*sys.argv[1:3])
+    if sys.stdin.readline():
+        for fd in links:
+            os.close(fd)
+        sys.stdin.read()
     os._exit(0)  # nothing of LLVM is worth an orderly end
 
 

@@ -1,0 +1,43 @@
+"""The machine's cores: one for the ping-pong, the others for all else; and how much is going on there."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_TICKS = os.sysconf("SC_CLK_TCK")
+_IDLE, _IOWAIT = 3, 4  # of a line of /proc/stat
+
+
+class Cores:
+    """`measured` is the ping-pong's."""
+
+    def __init__(self) -> None:
+        self._all = sorted(os.sched_getaffinity(0))
+        self.measured = self._all[0]
+
+    @contextmanager
+    def kept_apart(self) -> Iterator[None]:
+        """This process and all that it starts leave the measured core alone, if there is another one."""
+        os.sched_setaffinity(0, self._all[1:] or self._all)
+        try:
+            yield
+        finally:
+            os.sched_setaffinity(0, self._all)
+
+    def busy_s(self) -> float:
+        """CPU time that the other cores have spent: with hyper-threads, it slows the measured one down."""
+        ticks = 0
+        for line in pathlib.Path("/proc/stat").read_text().splitlines():
+            name, *counts = line.split()
+            if name.removeprefix("cpu") in map(str, self._all[1:]):
+                ticks += sum(int(count) for at, count in enumerate(counts[:8]) if at not in (_IDLE, _IOWAIT))
+        return ticks / _TICKS
+
+
+def cpu_s(pid: int) -> float:
+    """CPU time of a process in user space and in system calls."""
+    after_name = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(after_name[11]) + int(after_name[12])) / _TICKS  # utime, stime: proc_pid_stat(5)
