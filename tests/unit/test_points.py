@@ -1,0 +1,205 @@
+"""From what the kernel counted to what a receiver adds up, whatever exports fail on the way.
+
+The probe and the collector's answers are made up here; the encoders are OTLP's own.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+from unittest import mock
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from opentelemetry.exporter.otlp.proto.common.metrics_encoder import encode_metrics
+from opentelemetry.sdk.metrics import Exemplar
+from opentelemetry.sdk.metrics.export import (
+    AggregationTemporality,
+    Metric,
+    MetricExporter,
+    MetricExportResult,
+    MetricsData,
+    ResourceMetrics,
+    ScopeMetrics,
+)
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.util.instrumentation import InstrumentationScope
+
+from otel_tcppktlat.buckets import FIRST_EXPONENT, Buckets, explicit_buckets, exponential_buckets
+from otel_tcppktlat.demo.receiver import Point, points_of
+from otel_tcppktlat.probe.layout import Books, Event, Identity, ProcessKey, SeriesKey
+from otel_tcppktlat.probe.probe import Delta, Harvest, Probe, Series
+from otel_tcppktlat.series import SeriesTotals, Totals
+from otel_tcppktlat.telemetry import collector as collector_module
+from otel_tcppktlat.telemetry.collector import Collector, Temporality
+from otel_tcppktlat.telemetry.injection import InjectingExporter
+from otel_tcppktlat.telemetry.points import Acknowledged, histogram_data, histogram_point, most_encoded_bytes
+from otel_tcppktlat.telemetry.spans import SpanBudget
+
+CUMULATIVE, DELTA = AggregationTemporality.CUMULATIVE, AggregationTemporality.DELTA
+DURATION, RECEIVED, SETTLED = collector_module.DURATION, "tcppktlat.segments.received", "tcppktlat.segments.settled"
+BUCKETS = {"explicit": explicit_buckets((0.001, 0.01, 0.1)), "exponential": exponential_buckets()}
+
+
+def series(number: int) -> Series:
+    """Three processes, of which each listens on two ports."""
+    key = SeriesKey(process=ProcessKey(1, 100 + number // 2, 0), port=1000 + number % 2, family=2)
+    return Series(key, Identity(1, b"comm", b"exe"))
+
+
+class MadeUp:
+    """A probe whose intervals a test makes up: {series: {bucket: count}}, each of 1 ms an observation."""
+
+    def __init__(self, buckets: Buckets) -> None:
+        self._buckets = buckets
+        self.next: Mapping[int, Mapping[int, int]] = {}
+        self.observed = 0
+
+    def harvest(self) -> Harvest:
+        began_ns, deltas = time.monotonic_ns(), []
+        events: list[tuple[Series | None, Event]] = []
+        for number, counts in self.next.items():
+            row = [0] * (len(self._buckets.bounds_ns) + 1)
+            for bucket, count in counts.items():
+                row[bucket] = count
+                events.append(
+                    (series(number), Event(picked_ns=began_ns, wait_ns=int(self._buckets.limits_s(bucket)[0] * 1e9) + 2,
+                                           series=2 + number, bucket=bucket, tid=number, kind=1, family=2))
+                )  # fmt: skip
+            deltas.append(Delta(series(number), sum(row) * 1_000_000, row))
+            self.observed += sum(row)
+        self.next = {}
+        return Harvest(began_ns, time.monotonic_ns(), deltas, events, {})
+
+    def books(self) -> dict[str, int]:
+        names = [field[0] for field in Books._fields_]
+        return {**dict.fromkeys(names, 0), "received": self.observed + 3, "observed": self.observed}
+
+    def statistics(self) -> dict[str, tuple[int, int, int]]:
+        return {}
+
+
+class Answers(MetricExporter):
+    """Encodes each request as OTLP and keeps those that are to succeed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fail: list[bool] = []
+        self.requests: list[list[Point]] = []
+
+    def export(self, metrics_data: MetricsData, timeout_millis: float = 10_000, **kwargs: Any) -> MetricExportResult:
+        message = encode_metrics(metrics_data)
+        if self.fail and self.fail.pop(0):
+            return MetricExportResult.FAILURE
+        self.requests.append(points_of(message))
+        return MetricExportResult.SUCCESS
+
+    def force_flush(self, timeout_millis: float = 10_000) -> bool:
+        return True
+
+    def shutdown(self, timeout_millis: float = 30_000, **kwargs: Any) -> None:
+        pass
+
+
+def counts_of(point: Point) -> Counter[int]:
+    """By the kernel's bucket."""
+    if point.kind == "histogram":
+        return Counter({index: count for index, count in enumerate(point.bucket_counts) if count})
+    assert point.offset is not None
+    first = point.offset - (FIRST_EXPONENT - 1)
+    return Counter({first + index: count for index, count in enumerate(point.positive_counts) if count})
+
+
+INTERVALS = st.lists(
+    st.tuples(
+        st.dictionaries(st.integers(0, 5), st.dictionaries(st.integers(0, 3), st.integers(1, 2**32), min_size=1)),
+        st.lists(st.booleans(), max_size=4),  # which of the requests fail
+        st.booleans(),  # a sweep before
+    ),
+    max_size=8,
+)
+
+
+@pytest.mark.parametrize("kind", BUCKETS)
+@pytest.mark.parametrize("temporality", [CUMULATIVE, DELTA])
+@pytest.mark.parametrize("attributes", [("server.port",), ("process.pid", "server.port"), ()])
+@settings(max_examples=40, deadline=None)
+@given(INTERVALS)
+def test_nothing_is_lost_and_nothing_comes_twice(
+    kind: str,
+    temporality: AggregationTemporality,
+    attributes: Sequence[str],
+    intervals: list[tuple[dict[int, dict[int, int]], list[bool], bool]],
+) -> None:
+    """Failures hit any request of an interval; the last interval succeeds."""
+    buckets, answers = BUCKETS[kind], Answers()
+    probe = MadeUp(buckets)
+    with mock.patch.object(collector_module, "BATCH_POINTS", 2):
+        totals = SeriesTotals(attributes, len(buckets.bounds_ns) + 1, limit=4)
+        collector = Collector(
+            cast(Probe, probe), buckets, totals, SpanBudget(None, None, 0, 0, 1), Temporality(temporality, temporality)
+        )
+        exporter = InjectingExporter(answers, collector.collect)
+        nothing = MetricsData([ResourceMetrics(Resource({}), [], "")])
+        truth: dict[frozenset[tuple[str, Any]], Counter[int]] = {}
+        for interval, fail, sweep in [*intervals, ({}, [], False)]:
+            probe.next, answers.fail = interval, list(fail)
+            for number, counts in interval.items():
+                known = {"process.pid": 100 + number // 2, "server.port": 1000 + number % 2}
+                key = frozenset((name, known[name]) for name in attributes)
+                if key not in truth and len([one for one in truth if one != OVERFLOW]) == 4:
+                    key = OVERFLOW
+                truth.setdefault(key, Counter()).update(counts)
+            if sweep:
+                collector.sweep()
+            exporter.export(nothing)
+    told: dict[frozenset[tuple[str, Any]], Counter[int]] = {}
+    sums: Counter[frozenset[tuple[str, Any]]] = Counter()
+    numbers: Counter[str] = Counter()
+    ended: dict[tuple[str, frozenset[tuple[str, Any]]], int] = {}
+    for point in (point for request in answers.requests for point in request):
+        key = frozenset(point.attributes.items())
+        if temporality == DELTA and point.name != "tcppktlat.segments.queued":
+            assert ended.get((point.name, key), point.start_unix_ns) == point.start_unix_ns
+            ended[point.name, key] = point.time_unix_ns
+        if point.name == DURATION:
+            assert point.count == sum(counts_of(point).values())
+            before = told.get(key, Counter()) if temporality == DELTA else Counter()
+            told[key] = before + counts_of(point)
+            sums[key] = (sums[key] if temporality == DELTA else 0) + round((point.sum or 0) * 1000)
+        elif point.name == RECEIVED or point.attributes.get("tcppktlat.outcome") == "observed":
+            numbers[point.name] = (numbers[point.name] if temporality == DELTA else 0) + int(point.value or 0)
+    assert told == truth
+    assert sums == {key: sum(counts.values()) for key, counts in truth.items()}
+    assert numbers == Counter({RECEIVED: probe.observed + 3, SETTLED: probe.observed})
+
+
+OVERFLOW: frozenset[tuple[str, Any]] = frozenset({("otel.metric.overflow", True)})
+
+NAMES = st.text(max_size=64)
+
+
+@pytest.mark.parametrize("kind", BUCKETS)
+@given(st.data())
+def test_the_bound_of_a_points_size_holds(kind: str, data: st.DataObject) -> None:
+    """Whatever processes call themselves, and however large the counts are."""
+    buckets = BUCKETS[kind]
+    count = len(buckets.bounds_ns) + 1
+    counts = data.draw(st.lists(st.integers(0, 2**57), min_size=count, max_size=count))
+    attributes = (("process.executable.name", data.draw(NAMES)), ("server.port", 65535), ("x", True))
+    exemplars = [
+        Exemplar({"process.pid": 2**22, "thread.name": name}, 1.0, 2**63, span_id=2**64 - 1, trace_id=2**128 - 1)
+        for name in data.draw(st.lists(NAMES, max_size=5))
+    ]
+    nothing = Acknowledged((0,) * count, 0, 2**62)
+    point = histogram_point(buckets, attributes, Totals(counts, 2**62), nothing, 2**63, exemplars)
+    metric = Metric("m", "", "s", histogram_data([point], CUMULATIVE))
+    scope = InstrumentationScope("s")
+    message = encode_metrics(MetricsData([ResourceMetrics(Resource({}), [ScopeMetrics(scope, [metric], "")], "")]))
+    metrics = message.resource_metrics[0].scope_metrics[0].metrics[0]
+    encoded = (metrics.histogram if kind == "explicit" else metrics.exponential_histogram).data_points[0]
+    assert encoded.ByteSize() <= most_encoded_bytes(point)
+    assert encoded.count == sum(counts)
