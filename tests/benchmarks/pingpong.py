@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from otel_tcppktlat.demo.receiver import Receiver
@@ -85,7 +86,7 @@ def measure(pingpong: PingPong, kernel: Kernel, endpoint: str, rounds: int, seco
     with loaded_subjects(endpoint, kernel) as subjects:
         for number in range(rounds):
             _progress(f"round {number + 1} of {rounds}")
-            for subject in subjects if number % 2 else reversed(subjects):  # neighbours remain, drift cancels out
+            for subject in reversed(subjects) if number % 2 else subjects:  # neighbours remain, drift cancels out
                 with subject.tracing(kernel) as links:
                     found[subject.label][number] = _sample(pingpong, kernel, links, seconds)
             if peer and number % max(1, rounds // PEER_ROUNDS) == 0:
