@@ -18,11 +18,18 @@ static inline u32 masked(u32 index, u32 mask) {
     if (sizeof(counter) == 8) asm volatile("lock *(u64 *)%0 += %1" : "+m"(counter) : "r"((u64)(n))); \
     else asm volatile("lock *(u32 *)%0 += %1" : "+m"(counter) : "r"((u64)(n))); \
   } while (0)
-/* The same for a per-CPU counter of one hook. From 6.1 a program never interrupts itself, and a plain addition will do. */
+/* The same for a counter that belongs to one hook on one CPU. From 6.1 a program never interrupts itself, and a plain
+ * addition will do. */
 #if SELF_INTERRUPTING
 #define COUNT(counter, n) ADD(counter, n)
 #else
 #define COUNT(counter, n) ((counter) += (n))
+#endif
+/* The same for a histogram, which several CPUs may share. */
+#if SHARED_COPIES
+#define OBSERVE(counter, n) ADD(counter, n)
+#else
+#define OBSERVE(counter, n) COUNT(counter, n)
 #endif
 #define unlikely(x) __builtin_expect(!!(x), 0)
 

@@ -28,6 +28,8 @@ struct queue {
   u32 head, n;  /* ring of entries with the socket; older than all that spilled */
   u32 reader, epoch, series; /* whose histogram, remembered from the last pickup; reader: READER() */
   u16 outcome, role;         /* OBSERVED, OWN or FILTERED; ROLE_* */
+  u64 bucket_from_ns, bucket_width_ns; /* the bucket of the last wait on the short path: the next is often in it, too */
+  u32 bucket, side;                    /* that bucket; side of the histograms, for the pickup that is being worked on */
   struct entry e[INLINE];
   u32 spill_head, spill_tail;   /* positions in the chain of chunks, whole chunks counted */
   u32 first_chunk, last_chunk;  /* of that chain */
@@ -39,7 +41,6 @@ struct queue {
   u64 in_order_at_ns; /* arrival of the segment that may have closed the gap */
   u64 picked_ns, longest_ns, sum_ns; /* the pickup that is being worked on; here for the same reason */
   u32 segments, bytes, undescribed, firsts;
-  u32 side, unused;
 };
 #define COLD_SPILL 1
 #define COLD_GAP 2

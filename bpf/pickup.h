@@ -30,7 +30,7 @@ static inline void complete(struct entry *e, struct queue *q, struct sink *to) {
   if (wait_ns > q->longest_ns) q->longest_ns = wait_ns;
   u32 bucket = bucket_of(to->table, wait_ns);
   if (EXEMPLARS && unlikely(!to->h->bucket[bucket])) q->firsts |= note_first(q->picked_ns, bucket, wait_ns);
-  ADD(to->h->bucket[bucket], count);
+  OBSERVE(to->h->bucket[bucket], count);
   q->sum_ns += wait_ns * count;
   q->segments += count;
   q->bytes += count * length;
@@ -54,7 +54,7 @@ static inline void complete_in_bulk(struct entry *e, struct queue *q, struct sin
   KEEP(bucket); /* or clang makes branches of what they are made of, and the verifier gives up */
   KEEP(counted);
 #endif
-  ADD(to->h->bucket[bucket], count);
+  OBSERVE(to->h->bucket[bucket], count);
   q->sum_ns += wait_ns * count;
   q->segments += count;
   q->bytes += count * length;
@@ -95,7 +95,7 @@ static inline void begin_pickup(struct queue *q) {
 static inline void end_pickup(struct books *b, struct queue *q, struct sink *to) {
   if (unlikely(q->undescribed)) ADD(b->undescribed_bytes, q->undescribed);
   if (!q->segments) return;
-  ADD(to->h->sum_ns, q->sum_ns);
+  OBSERVE(to->h->sum_ns, q->sum_ns);
   if (q->outcome == OBSERVED) COUNT(b->observed, q->segments);
   else if (q->outcome == OWN) ADD(b->own, q->segments);
   else ADD(b->filtered, q->segments);

@@ -145,12 +145,10 @@ int adjust(u64 *ctx) {
     adjust_tails.call(ctx, TAIL_ADJUST_SLOW);
     return 0;
   }
-  int zero = 0;
   struct books *b = books_of_cpu();
-  struct bounds *table = bounds.lookup(&zero);
   u64 now_ns = bpf_ktime_get_ns(), longest_ns = now_ns - q->e[q->head & (INLINE - 1)].at_ns; /* the oldest comes first */
   u32 side = side_at(now_ns), segments = 0, bytes = 0, firsts = 0;
-  if (!b || !table) return 0;
+  if (!b) return 0;
   struct histogram *h = histogram_of(b, side, q->series);
   if (!h) return 0;
   u64 sum_ns = 0;
@@ -158,16 +156,16 @@ int adjust(u64 *ctx) {
     struct entry *e = &q->e[(q->head + i) & (INLINE - 1)];
     if (i >= q->n || after(e->end, copied)) break;
     u64 wait_ns = now_ns - e->at_ns;
-    u32 bucket = bucket_of(table, wait_ns);
+    u32 bucket = bucket_near(q, wait_ns);
     if (EXEMPLARS && unlikely(!h->bucket[bucket])) firsts |= note_first(now_ns, bucket, wait_ns);
-    ADD(h->bucket[bucket], 1);
+    OBSERVE(h->bucket[bucket], 1);
     sum_ns += wait_ns;
     bytes += e->length;
     segments++;
   }
   q->head += segments;
   q->n -= segments;
-  ADD(h->sum_ns, sum_ns);
+  OBSERVE(h->sum_ns, sum_ns);
   COUNT(b->observed, segments);
   if (firsts || (ROWS && longest_ns >= MIN_NS)) {
     q->picked_ns = now_ns;

@@ -124,6 +124,7 @@ class Probe:
         defines: dict[str, int | None] = {
             "BUCKETS": options.buckets,
             "COPIES": self._copies,
+            "SHARED_COPIES": int(self._copies < self._libbpf.possible_cpus()),
             "MAX_SERIES": options.max_series,
             "MAX_CHUNKS": options.max_chunks,
             "MAX_SOCKETS": options.max_sockets,
