@@ -28,7 +28,7 @@ bench: bcc $(VENV)/.installed-test
 
 # bcc is the distribution's own package; PyPI's `bcc` is another project.
 bcc:
-	@/usr/bin/python3 -c 'import bcc; bcc.BPF' 2>/dev/null || $(MAKE) --no-print-directory install-bcc
+	@/usr/bin/python3 -c 'import bcc, ensurepip; bcc.BPF' 2>/dev/null || $(MAKE) --no-print-directory install-bcc
 
 .PHONY: install-bcc
 install-bcc:

@@ -117,7 +117,7 @@ static inline void drop_youngest(struct books *b, struct queue *q, u32 rcv_nxt) 
   }
 }
 
-/* The socket's entries that are left, and its chunks, as unread. More than `rounds` can free: returns 1, call again. */
+/* The socket's entries that are left, and its chunks, as unread. More than 128 chunks: returns 1, call again. */
 static inline int discard(struct books *b, struct queue *q) {
   u32 unread = 0;
   for (u32 i = 0; i < INLINE; i++) { KEEP(i);

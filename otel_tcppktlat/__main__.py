@@ -1,5 +1,10 @@
-"""`python -m otel_tcppktlat`."""
+"""`otel-tcppktlat`, and `python -m otel_tcppktlat`."""
 
-from .cli import main
+import signal
 
-main()
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the agent takes it: no traceback from the middle of an import
+
+from .cli import main  # noqa: E402
+
+if __name__ == "__main__":
+    main()

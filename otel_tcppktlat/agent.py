@@ -126,9 +126,12 @@ def _table(settings: Settings) -> Table:
 
 def _account(user: str) -> pwd.struct_passwd:
     try:
-        return privileges.account(user)
+        found = privileges.account(user)
     except LookupError as error:
         raise SettingsError(f"--user: {error}") from None
+    if found.pw_uid == 0:
+        raise SettingsError("--user: root would keep its privileges: name another user")
+    return found
 
 
 def _describe(loaded: Loaded, kept_cap_bpf: bool) -> None:

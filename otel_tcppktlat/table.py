@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import select
+import threading
 import time
 from dataclasses import dataclass
 
@@ -35,6 +36,7 @@ class Table:
     def __post_init__(self) -> None:
         self._pending = bytearray()
         self._lost = 0
+        self._lock = threading.Lock()  # rows come from whoever polls or harvests
         self._ready = select.poll()
         self._ready.register(self.fd, select.POLLOUT)
 
@@ -47,13 +49,14 @@ class Table:
             + (f"{tid:<7} " if self.wide else "")
             + f"{comm:<16} {local_address:<{width}} {local_port:<5} {remote_address:<{width}} {remote_port:<5} {wait}\n"
         )
-        if len(self._pending) >= MOST_PENDING_BYTES:
-            self._lost += 1
-            return
-        self._pending += line.encode(self.encoding, errors="backslashreplace")
-        if len(self._pending) >= WORTH_WRITING_BYTES:
-            with contextlib.suppress(OSError):  # flush() meets it again
-                self._write(0.0)
+        with self._lock:
+            if len(self._pending) >= MOST_PENDING_BYTES:
+                self._lost += 1
+                return
+            self._pending += line.encode(self.encoding, errors="backslashreplace")
+            if len(self._pending) >= WORTH_WRITING_BYTES:
+                with contextlib.suppress(OSError):  # flush() meets it again
+                    self._write(0.0)
 
     def header(self) -> None:
         """Prints the names of the columns."""
@@ -75,10 +78,11 @@ class Table:
 
     def flush(self, timeout_s: float = 0.0) -> None:
         """Writes what the output takes now, or within `timeout_s`. Raises BrokenPipeError when nobody reads it."""
-        self._write(timeout_s)
-        if self._lost:
-            _log.warning("%d rows lost: whoever reads the table is too slow", self._lost)
-            self._lost = 0
+        with self._lock:
+            self._write(timeout_s)
+            lost, self._lost = self._lost, 0
+        if lost:
+            _log.warning("%d rows lost: whoever reads the table is too slow", lost)
 
     def _write(self, timeout_s: float) -> None:
         deadline_s = time.monotonic() + timeout_s

@@ -103,7 +103,7 @@ class Probe:
     """The running programs. All methods may be called from any thread."""
 
     def __init__(self, options: ProbeOptions, on_row: Callable[[Event], None] | None = None) -> None:
-        """Starts the loader; returns while it compiles. `on_row` gets each pickup's event, in the polling thread."""
+        """Starts the loader; returns while it compiles. `on_row` gets each pickup's event, from poll or harvest."""
         self._options, self._on_row = options, on_row
         self._libbpf = Libbpf()
         self._copies = min(MAX_COPIES, 1 << (self._libbpf.possible_cpus() - 1).bit_length())

@@ -42,7 +42,7 @@ OUTCOMES: Mapping[str, Mapping[str, str]] = {  # counter in the books: attribute
     "own": {"tcppktlat.outcome": "own"},
     "filtered": {"tcppktlat.outcome": "filtered"},
     "untracked_socket": {"tcppktlat.outcome": "untracked", "tcppktlat.reason": "sockets_full"},
-    "untracked_pool": {"tcppktlat.outcome": "untracked", "tcppktlat.reason": "pool_empty"},
+    "untracked_pool": {"tcppktlat.outcome": "untracked", "tcppktlat.reason": "no_room"},
     "untracked_mptcp": {"tcppktlat.outcome": "untracked", "tcppktlat.reason": "mptcp_subflow"},
 }
 
@@ -119,6 +119,7 @@ class Collector:
         self._exemplars_without_span = exemplar_filter != "trace_based"
         self._lock = threading.Lock()
         self._started_unix_ns = self._collected_unix_ns = time.time_ns()
+        self._collected_ns = time.monotonic_ns()
         self._nothing = Acknowledged((0,) * totals.buckets, 0, self._started_unix_ns)
         self._acknowledged: dict[AttributeSet, Acknowledged] = {}
         self._acknowledged_numbers: dict[tuple[str, AttributeSet], tuple[float, int]] = {}
@@ -156,8 +157,9 @@ class Collector:
             began_s = time.monotonic()
             ended_ns = self._absorb(self._probe.harvest())
             unix_offset_ns = time.time_ns() - time.monotonic_ns()
-            unix_ns = ended_ns + unix_offset_ns
-            self._make_exemplars(unix_ns, unix_offset_ns)
+            unix_ns = max(ended_ns + unix_offset_ns, self._collected_unix_ns + 1)  # whoever sets the clock back
+            self._make_exemplars(unix_ns, unix_offset_ns, (ended_ns - self._collected_ns) / 1e9)
+            self._collected_ns = ended_ns
             numbers, histograms = self._numbers_batch(unix_ns), list(self._histogram_batches(unix_ns))
             batches = [numbers.with_(histograms[0]), *histograms[1:]] if histograms else [numbers]
             self._collected_unix_ns = unix_ns
@@ -165,9 +167,8 @@ class Collector:
         self._on_collected()
         return batches
 
-    def _make_exemplars(self, unix_ns: int, unix_offset_ns: int) -> None:
+    def _make_exemplars(self, unix_ns: int, unix_offset_ns: int, elapsed_s: float) -> None:
         chosen = {place: Candidate(event, place[0]) for place, event in self._slowest.items()}
-        elapsed_s = (unix_ns - self._collected_unix_ns) / 1e9
         made = self._spans.make_spans(list(chosen.values()), elapsed_s, unix_offset_ns)
         for (attributes, bucket), candidate in chosen.items():
             event, ids = candidate.event, made.get(candidate.key)

@@ -44,6 +44,7 @@ BAD = {
     "--nonsense": "--nonsense",
     "--flavour btf": "--flavour",
     "--user no-such-user": "no-such-user",
+    "--user root": "root",
     "--user ''": "--user",
     "--user \u00b2": "--user",
     "--user 4294967299999999": "--user",
