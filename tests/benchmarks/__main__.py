@@ -21,8 +21,8 @@ PARTS = ("pingpong", "agent", "start")
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description="What tracing costs.")
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
-    parser.add_argument("--rounds", type=int, help="interleaved (default: pingpong 25, agent 3, start 5)")
-    parser.add_argument("--seconds", type=float, default=0.3, help="of each measurement (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, help="interleaved (default: pingpong 60, agent 3, start 5)")
+    parser.add_argument("--seconds", type=float, default=0.15, help="of each measurement (default: %(default)s)")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="every single figure")
     parser.add_argument("--not-alone", action="store_true", help="do not wait for other tracers to end")
     arguments = parser.parse_args()
@@ -45,7 +45,7 @@ def main() -> int:
             folder = pathlib.Path(name)
             for part in arguments.parts or PARTS:
                 if part == "pingpong":
-                    report = pingpong.run(kernel, folder, cores, arguments.rounds or 25, arguments.seconds)
+                    report = pingpong.run(kernel, folder, cores, arguments.rounds or 60, arguments.seconds)
                 elif part == "agent":
                     report = footprint.run(kernel, folder, cores, arguments.rounds or 3, arguments.seconds)
                 else:

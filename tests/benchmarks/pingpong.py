@@ -183,7 +183,7 @@ def report(found: dict[str, Samples]) -> Report:
         goals,
         [
             f"Medians of {rounds} interleaved rounds. ns: a run of the program as bpf_stats counts it, clock included. "
-            f"The other cores were busy {others:.0%} of the time: with hyper-threads, that makes round trips noisy."
+            f"The other cores were busy {others:.0%} of the time."
         ],
         {name: {number: asdict(sample) for number, sample in samples.items()} for name, samples in found.items()},
     )
