@@ -6,6 +6,7 @@
 #define GAP_CHUNKS 64 /* that one socket may hold behind gaps; only the first and the last may be less than half full */
 #define GAP_RUNS ((GAP_CHUNKS - 2) * CHUNK / 2)
 #define RELEASE_CHUNKS 4 /* that one program moves to the queue; 16 of them do all of a socket */
+#define SLOTS_TRIED 16 /* for the queue of a socket, before it goes untracked */
 #define EPOCHS 4096 /* slots of process epochs (power of two) */
 
 /* Segments that may be read and have not been: `count` of `length` bytes each, the last of which ends before `end`.
@@ -23,6 +24,9 @@ struct chunk {
 
 /* One socket. The socket lock serialises all hooks of a socket, so nothing here is atomic. */
 struct queue {
+#if !TYPED
+  u64 owner; /* the socket that this slot is in use for, or 0 */
+#endif
   u32 last_end; /* end of the youngest entry: rcv_nxt, as long as the stack keeps what it was given */
   u32 cold;     /* COLD_*: why the short path must not touch this socket */
   u32 head, n;  /* ring of entries with the socket; older than all that spilled */
@@ -41,6 +45,9 @@ struct queue {
   u64 in_order_at_ns; /* arrival of the segment that may have closed the gap */
   u64 picked_ns, longest_ns, sum_ns; /* the pickup that is being worked on; here for the same reason */
   u32 segments, bytes, undescribed, firsts;
+#if !TYPED
+  u64 unused[3]; /* a multiple of a cache line */
+#endif
 };
 #define COLD_SPILL 1
 #define COLD_GAP 2
@@ -111,8 +118,9 @@ struct bounds { u64 upper_ns[256]; };
 #if TYPED
 BPF_SK_STORAGE(queues, struct queue);
 #else
-BPF_HASH(queues, u64, struct queue, MAX_SOCKETS);
-BPF_PERCPU_ARRAY(zero_queue, struct queue, 1);
+BPF_ARRAY(queues, struct queue, MAX_SOCKETS); /* no hash: a look-up in an array costs no call; MAX_SOCKETS: a power of two */
+BPF_HASH(slots_taken, u32, u64, MAX_SOCKETS); /* the socket of each slot of the array that is in use */
+BPF_HASH(slots_elsewhere, u64, u32, MAX_SOCKETS); /* slots of sockets that found their own one taken */
 #endif
 BPF_ARRAY(chunks, struct chunk, MAX_CHUNKS);
 BPF_QUEUE(free_chunks, u32, MAX_CHUNKS);

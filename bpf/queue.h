@@ -13,21 +13,45 @@ static inline struct queue *create_queue(void *sk) {
 }
 static inline void forget_queue(void *sk) {} /* the kernel frees it with the socket */
 #else
+static inline u32 slot_of(u64 id) { return (id * 0x9E3779B97F4A7C15ULL >> 32) & (MAX_SOCKETS - 1); }
+
 static inline struct queue *queue_of(void *sk) {
   u64 id = (u64)sk;
-  return queues.lookup(&id);
+  u32 slot = slot_of(id);
+  struct queue *q = queues.lookup(&slot);
+  if (q && q->owner == id) return q;
+  u32 *elsewhere = slots_elsewhere.lookup(&id);
+  if (!elsewhere) return 0;
+  slot = *elsewhere;
+  return queues.lookup(&slot);
 }
+
 static inline struct queue *create_queue(void *sk) {
   u64 id = (u64)sk;
-  int zero = 0;
-  struct queue *empty = zero_queue.lookup(&zero);
-  if (!empty) return 0;
-  queues.insert(&id, empty);
-  return queues.lookup(&id);
+  for (u32 i = 0; i < SLOTS_TRIED; i++) { KEEP(i);
+    u32 slot = (slot_of(id) + i) & (MAX_SOCKETS - 1);
+    if (slots_taken.insert(&slot, &id)) continue;
+    struct queue *q = queues.lookup(&slot);
+    if (!q || (i && slots_elsewhere.insert(&id, &slot))) {
+      slots_taken.delete(&slot);
+      return 0;
+    }
+    __builtin_memset(q, 0, sizeof(*q));
+    q->owner = id;
+    return q;
+  }
+  return 0;
 }
+
 static inline void forget_queue(void *sk) {
   u64 id = (u64)sk;
-  queues.delete(&id);
+  u32 slot = slot_of(id), *elsewhere = slots_elsewhere.lookup(&id);
+  if (elsewhere) slot = *elsewhere;
+  struct queue *q = queues.lookup(&slot);
+  if (!q || q->owner != id) return;
+  q->owner = 0;
+  slots_elsewhere.delete(&id);
+  slots_taken.delete(&slot);
 }
 #endif
 
