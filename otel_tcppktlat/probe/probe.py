@@ -54,7 +54,7 @@ class ProbeOptions:
     key_address: bool = False
     own_tgid: int = 0
     max_series: int = 2048
-    max_sockets: int = 16384  # of the raw flavour's hash
+    max_sockets: int = 16384  # of the raw flavour; a power of two
     max_chunks: int = CHUNKS
 
     @property
