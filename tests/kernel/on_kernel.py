@@ -17,6 +17,7 @@ import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
+from otel_tcppktlat import privileges  # noqa: E402
 from otel_tcppktlat.probe.probe import Probe, ProbeOptions  # noqa: E402
 
 PORT = 47718
@@ -47,6 +48,26 @@ def send(client: socket.socket, server: socket.socket, count: int) -> None:
         client.sendall(bytes(10))
         while data_segments(server) == before:
             time.sleep(0.0001)
+
+
+def check_unprivileged(probe: Probe) -> None:
+    """A child without privilege reads all that the agent reads; only before 5.19 it keeps a capability, CAP_BPF."""
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            kept = privileges.drop(privileges.account("nobody"))
+            probe.harvest()
+            probe.statistics()
+            lines = pathlib.Path("/proc/thread-self/status").read_text().splitlines()
+            effective = next(int(line.split()[1], 16) for line in lines if line.startswith("CapEff"))
+            old = tuple(map(int, os.uname().release.split(".")[:2])) < (5, 19)
+            assert os.getuid() == 65534 and kept == old
+            assert effective == (1 << privileges.CAP_BPF if old else 0), hex(effective)
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def check(flavour: str) -> None:
@@ -87,6 +108,7 @@ def check(flavour: str) -> None:
     seconds = " ".join(f"{name} {time_s:.1f}" for name, time_s in loaded.seconds.items())
     print(f"{os.uname().release} {loaded.flavour}: {segments} segments ({seconds} s)", flush=True)
     rows.clear()
+    check_unprivileged(probe)
     probe.close()
 
 
