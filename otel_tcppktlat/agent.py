@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 
 from . import privileges
-from .probe.errors import ProbeError
 from .probe.launch import Loaded
 from .probe.layout import Event
 from .probe.probe import Probe, ProbeOptions
@@ -140,6 +139,3 @@ def _describe(loaded: Loaded, kept_cap_bpf: bool) -> None:
     _log.debug("maps, programs, links: %s", ", ".join(loaded.descriptors))
     _log.debug("running as uid %d with %s", os.getuid(), "CAP_BPF alone" if kept_cap_bpf else "no capability")
     _log.info("attached")
-
-
-__all__ = ["ProbeError", "run"]

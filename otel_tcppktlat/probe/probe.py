@@ -13,7 +13,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from .launch import Loaded, Loader
 from .layout import (
@@ -94,11 +94,6 @@ class Harvest:
     live: Mapping[int, Series]
 
 
-@dataclass
-class _Interval:
-    exemplars: dict[tuple[int, int], Event] = field(default_factory=dict)
-
-
 class Probe:
     """The running programs. All methods may be called from any thread."""
 
@@ -171,7 +166,7 @@ class Probe:
         self._histogram = struct.Struct(f"<Q{self._options.buckets}I")
         self._side = 0
         self._began_ns = time.monotonic_ns()
-        self._intervals = (_Interval(), _Interval())  # of each side
+        self._slowest: tuple[dict[tuple[int, int], Event], ...] = ({}, {})  # of each side, by (series, bucket)
         self._live: dict[int, Series] = {}
         self._retiring: dict[int, int] = {}  # index: intervals until its last count is in
         self._gone_seen = 0
@@ -192,7 +187,7 @@ class Probe:
         if event.kind & KIND_ROW and self._on_row:
             self._on_row(event)
         if event.kind & KIND_EXEMPLAR:
-            slowest = self._intervals[event.side].exemplars
+            slowest = self._slowest[event.side]
             known = slowest.get((event.series, event.bucket))
             if known is None or known.wait_ns < event.wait_ns:
                 slowest[event.series, event.bucket] = event
@@ -237,8 +232,8 @@ class Probe:
             self._ring.consume()
             self._read_series()
             deltas = self._read_histograms(old)
-            events = list(self._intervals[old].exemplars.values())
-            self._intervals[old].exemplars.clear()
+            events = list(self._slowest[old].values())
+            self._slowest[old].clear()
             candidates = [(self._live.get(event.series), event) for event in events]
             self._began_ns = ended_ns = max([ended_ns, *(event.picked_ns for event in events)])  # if set too late
             live = dict(self._live)
