@@ -1,5 +1,6 @@
 # make run    a demo: the real agent, a reader that stalls, and what arrives over OTLP
 # make test   all tests, ruff and mypy
+# make backends  Prometheus, Jaeger and a Collector for the tests, built from pinned sources (make test does it, too)
 # make bench  what it costs, against the alternatives
 # make venv   .venv/bin/otel-tcppktlat, and bcc from the distribution
 
@@ -8,20 +9,23 @@ VENV := .venv
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 AS_ROOT := $(if $(SUDO),$(SUDO) --preserve-env,)
 
-.PHONY: run test bench venv lint bcc clean
+.PHONY: run test backends bench venv lint bcc clean
 
 run: venv
 	@$(AS_ROOT) $(VENV)/bin/python -m otel_tcppktlat.demo
 
 venv: bcc $(VENV)/.installed
 
-test: bcc $(VENV)/.installed-test lint
+test: bcc $(VENV)/.installed-test lint backends
 	$(AS_ROOT) $(VENV)/bin/python -m pytest
 
 lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+backends: $(VENV)/.installed-test
+	cd tests && ../$(VENV)/bin/python -m backends.build
 
 bench: bcc $(VENV)/.installed-test
 	$(AS_ROOT) $(VENV)/bin/python -m tests.benchmarks

@@ -1,0 +1,215 @@
+"""Real back ends as processes on loopback: Prometheus, Jaeger, a Collector; each a context manager."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import requests
+import yaml
+
+from backends.build import COLLECTOR, JAEGER, PROMETHEUS
+
+AnyServer = TypeVar("AnyServer", bound="Server")
+COLLECTOR_CONFIG = pathlib.Path(__file__).parents[2] / "collector-config"
+
+
+def free_port() -> int:
+    """A TCP port of loopback that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Server:
+    """One process; what it prints is in `folder`/NAME.log."""
+
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        ready: str,
+        folder: pathlib.Path,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """`ready`: a URL that answers 200, or the address of a port that takes connections, once it is ready."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self._name, self._command, self._ready, self._folder = name, [*command], ready, folder
+        self._environment = {**os.environ, **(environment or {})}
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def log(self) -> str:
+        """What it has printed so far."""
+        return (self._folder / f"{self._name}.log").read_text()
+
+    def start(self) -> None:
+        """Starts it; wait_until_ready() waits."""
+        with (self._folder / f"{self._name}.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                self._command, cwd=self._folder, stdout=log, stderr=log, env=self._environment
+            )
+
+    def wait_until_ready(self, timeout_s: float = 60) -> None:
+        """Waits until it answers."""
+        end_s = time.monotonic() + timeout_s
+        while not self._answers():
+            assert self._process and self._process.poll() is None and time.monotonic() < end_s, self.log
+            time.sleep(0.05)
+
+    def _answers(self) -> bool:
+        try:
+            if self._ready.startswith("http://"):
+                return requests.get(self._ready, timeout=5).ok
+            host, port = self._ready.split(":")
+            socket.create_connection((host, int(port)), timeout=5).close()
+            return True
+        except OSError:  # requests.RequestException is one
+            return False
+
+    def stop(self, number: int = signal.SIGTERM, timeout_s: float = 60) -> None:
+        """Sends a signal and waits for the end."""
+        if self._process and self._process.poll() is None:
+            self._process.send_signal(number)
+            self._process.wait(timeout_s)
+
+    def __enter__(self: AnyServer) -> AnyServer:
+        self.start()
+        self.wait_until_ready()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop(signal.SIGKILL)
+
+
+class Prometheus(Server):
+    """Prometheus with the project's own prometheus.yml, started with the flags that its head says."""
+
+    def __init__(self, folder: pathlib.Path, scrapes: bool = False) -> None:
+        """`scrapes`: whether it shall scrape a Collector's Prometheus exporter, for which it chooses the address."""
+        self.url, self.scrape = f"http://127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}"
+        path = COLLECTOR_CONFIG / "prometheus/prometheus.yml"
+        configuration = yaml.safe_load(path.read_text())
+        configuration["global"]["scrape_interval"] = "250ms"  # a test does not wait for 15 s
+        if scrapes:
+            (job,) = configuration["scrape_configs"]
+            job["static_configs"] = [{"targets": [self.scrape]}]
+        else:
+            del configuration["scrape_configs"]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "prometheus.yml").write_text(yaml.safe_dump(configuration))
+        command = [
+            str(PROMETHEUS.binary),
+            "--config.file=prometheus.yml",
+            f"--web.listen-address={self.url.removeprefix('http://')}",
+            *(word for word in path.read_text().split() if word.startswith(("--enable-feature=", "--web.enable-"))),
+        ]
+        super().__init__("prometheus", command, f"{self.url}/-/ready", folder)
+
+    def _get(self, path: str, **parameters: Any) -> Any:
+        answer = requests.get(f"{self.url}/api/v1/{path}", parameters, timeout=30)
+        assert answer.ok, answer.text
+        return answer.json()["data"]
+
+    def query(self, promql: str) -> list[dict[str, Any]]:
+        """The instant vector (or matrix) that a query returns now."""
+        result: list[dict[str, Any]] = self._get("query", query=promql)["result"]
+        return result
+
+    def value(self, promql: str) -> float | None:
+        """The one number that a query returns; None if it returns nothing."""
+        result = self.query(promql)
+        assert len(result) <= 1, result
+        return float(result[0]["value"][1]) if result else None
+
+    def exemplars(self, promql: str, since_unix_s: float) -> list[dict[str, Any]]:
+        """Exemplars of the series that a query selects, from a time until now: labels, value, timestamp."""
+        found = self._get("query_exemplars", query=promql, start=since_unix_s, end=time.time() + 1)
+        return [exemplar for series in found for exemplar in series["exemplars"]]
+
+
+class Jaeger(Server):
+    """Jaeger v2 in memory."""
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        http, self.otlp = free_port(), f"127.0.0.1:{free_port()}"
+        self.url = f"http://127.0.0.1:{http}"
+        configuration = {
+            "service": {
+                "extensions": ["jaeger_storage", "jaeger_query"],
+                "pipelines": {"traces": {"receivers": ["otlp"], "exporters": ["jaeger_storage_exporter"]}},
+                "telemetry": {"metrics": {"level": "none"}},
+            },
+            "extensions": {
+                "jaeger_query": {
+                    "storage": {"traces": "memory"},
+                    "http": {"endpoint": f"127.0.0.1:{http}"},
+                    "grpc": {"endpoint": f"127.0.0.1:{free_port()}"},
+                },
+                "jaeger_storage": {"backends": {"memory": {"memory": {"max_traces": 100_000}}}},
+            },
+            "receivers": {"otlp": {"protocols": {"grpc": {"endpoint": self.otlp}}}},
+            "exporters": {"jaeger_storage_exporter": {"trace_storage": "memory"}},
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "jaeger.yaml").write_text(yaml.safe_dump(configuration))
+        super().__init__("jaeger", [str(JAEGER.binary), "--config=jaeger.yaml"], f"{self.url}/api/services", folder)
+
+    def span(self, trace_id: str) -> dict[str, Any] | None:
+        """The only span of a trace, as OTLP JSON with its attributes as a dictionary; None if there is no such trace.
+
+        Source: Jaeger's api_v3 `GET /api/v3/traces/{trace_id}`.
+        """
+        answer = requests.get(f"{self.url}/api/v3/traces/{trace_id}", timeout=30)
+        if answer.status_code == 404:
+            return None
+        assert answer.ok, answer.text
+        (resource_spans,) = answer.json()["result"]["resourceSpans"]
+        ((span,),) = (scope["spans"] for scope in resource_spans["scopeSpans"])
+        return {**span, "attributes": {one["key"]: plain(one["value"]) for one in span["attributes"]}}
+
+
+def plain(value: Mapping[str, Any]) -> Any:
+    """An OTLP JSON AnyValue as a Python value."""
+    ((kind, content),) = value.items()
+    return int(content) if kind == "intValue" else content
+
+
+class Collector(Server):
+    """A Collector with files of collector-config/, or other configurations given as dictionaries.
+
+    The Collector's own way of merging brings them together, so that a test changes only what it must, ports above all.
+    """
+
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        *configurations: str | Mapping[str, Any],
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self.otlp = f"127.0.0.1:{free_port()}"
+        quiet = {"service": {"telemetry": {"metrics": {"level": "none"}}}}  # its own metrics have a fixed port
+        command = [str(COLLECTOR.binary), *_options((*configurations, quiet))]
+        environment = {"TCPPKTLAT_LISTEN": self.otlp, **(environment or {})}
+        super().__init__("collector", command, self.otlp, folder, environment)
+
+
+def _options(configurations: Sequence[str | Mapping[str, Any]]) -> list[str]:
+    return [
+        f"--config={COLLECTOR_CONFIG / one}" if isinstance(one, str) else f"--config=yaml:{json.dumps(one)}"
+        for one in configurations
+    ]
+
+
+def validate(*configurations: str | Mapping[str, Any], environment: Mapping[str, str] | None = None) -> str:
+    """What `otelcol validate` says of these configurations together; empty if it is content."""
+    command = [str(COLLECTOR.binary), "validate", *_options(configurations)]
+    done = subprocess.run(command, env={**os.environ, **(environment or {})}, capture_output=True, text=True)
+    return done.stdout + done.stderr if done.returncode else ""
