@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+import uuid
 from collections.abc import Iterable
 
 from opentelemetry.metrics import CallbackOptions, Observation
@@ -15,7 +16,14 @@ from opentelemetry.sdk.environment_variables import (
 )
 from opentelemetry.sdk.metrics import Histogram, MeterProvider, ObservableCounter
 from opentelemetry.sdk.metrics.export import AggregationTemporality, MetricExporter, PeriodicExportingMetricReader
-from opentelemetry.sdk.resources import SERVICE_NAME, Resource
+from opentelemetry.sdk.resources import (
+    HOST_ID,
+    HOST_NAME,
+    SERVICE_INSTANCE_ID,
+    SERVICE_NAME,
+    OTELResourceDetector,
+    Resource,
+)
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
 
@@ -31,6 +39,7 @@ from .spans import Handover, SpanBudget
 
 SELF_SCOPE = f"{SCOPE}.self"  # an SDK's meter must not share the injected metrics' scope: the encoder would drop one
 DEFAULT_SERVICE_NAME = "otel-tcppktlat"
+_INSTANCE_NAMESPACE = uuid.UUID("4d63009a-8d0f-11ee-aad7-4c796ed8e320")  # the conventions' own, for inherent ids
 _DEFAULT_DETECTORS = "otel,host,os"
 _DEFAULT_QUEUE, _DEFAULT_BATCH = 2048, 512  # OTEL_BSP_MAX_QUEUE_SIZE's and OTEL_BSP_MAX_EXPORT_BATCH_SIZE's default
 _LAST_SPANS_S = 1.0  # of the time to shut down, left for spans whatever becomes of the metrics
@@ -43,7 +52,18 @@ def make_resource() -> Resource:
     named = str(resource.attributes.get(SERVICE_NAME, ""))
     if not named or named.startswith("unknown_service"):
         resource = resource.merge(Resource({SERVICE_NAME: DEFAULT_SERVICE_NAME}))
+    if SERVICE_INSTANCE_ID not in OTELResourceDetector().detect().attributes:
+        resource = resource.merge(Resource({SERVICE_INSTANCE_ID: _stable_instance_id(resource)}))
     return resource
+
+
+def _stable_instance_id(resource: Resource) -> str:
+    """The same after a restart, so that back ends see a counter reset and not new series, as the SDK's random id makes.
+
+    Source: service.instance.id in OpenTelemetry's semantic conventions. Host id and name, as either may be a clone's.
+    """
+    host = "/".join(str(resource.attributes.get(name, "")) for name in (HOST_ID, HOST_NAME))
+    return str(uuid.uuid5(_INSTANCE_NAMESPACE, host))
 
 
 def _span_queue_sizes(rate: float, interval_s: float) -> tuple[int, int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import pathlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,16 +10,11 @@ from typing import Any
 
 import pytest
 
-from backends.servers import Collector, Jaeger, Prometheus, free_port
+from backends.chain import KINDS, ROUTES, Chain, chains, start_agents
+from backends.servers import Jaeger, free_port
 from backends.traffic import LENGTH, SlowReader
-from support.agent import Agent
 from telemetry.told import eventually
 
-AGGREGATION = "OTEL_EXPORTER_OTLP_METRICS_DEFAULT_HISTOGRAM_AGGREGATION"
-KINDS = {"explicit": "explicit_bucket_histogram", "exponential": "base2_exponential_bucket_histogram"}
-ROUTES = ("scrape", "remote-write", "otlp", "straight")
-SERVER = 'tcppktlat_role="server"'
-NAME = "tcppktlat_receive_queue_duration_seconds"
 # Who waits how long. The last two names are the longest that a comm of 15 bytes can become: no UTF-8, and what PromQL
 # and JSON have to quote. All read the same port, so each wait is in a bucket of its own.
 SLOW_S = {
@@ -29,67 +23,6 @@ SLOW_S = {
     b'"\\\n{}\t,=\x01 \x7f\xc3\xa9\xe2\x82': (1.2,),
 }
 SENT = sum(len(waits_s) + 1 for waits_s in SLOW_S.values())
-
-
-@dataclass
-class Chain:
-    """An agent and all that stands behind it."""
-
-    route: str
-    kind: str
-    agent: Agent
-    prometheus: Prometheus
-
-    def buckets(self) -> dict[tuple[float, float], float]:
-        """Counts of the histogram by (lower, upper) bound in seconds; empty while it is not there."""
-        if self.kind == "exponential":
-            result = self.prometheus.query(f"{NAME}{{{SERVER}}}")
-            return {
-                (float(lower), float(upper)): float(count)
-                for _, lower, upper, count in (result[0]["histogram"][1].get("buckets", []) if result else [])
-            }
-        result = self.prometheus.query(f"{NAME}_bucket{{{SERVER}}}")
-        cumulative = sorted((float(one["metric"]["le"]), float(one["value"][1])) for one in result)
-        found, lower_s, before = {}, 0.0, 0.0
-        for upper_s, count in cumulative:
-            if count > before:
-                found[lower_s, upper_s] = count - before
-            lower_s, before = upper_s, count
-        return found
-
-    def exemplars(self, since_unix_s: float) -> list[dict[str, Any]]:
-        """The histogram's exemplars."""
-        suffix = "_bucket" if self.kind == "explicit" else ""
-        return self.prometheus.exemplars(f"{NAME}{suffix}{{{SERVER}}}", since_unix_s)
-
-
-@contextlib.contextmanager
-def chain(folder: pathlib.Path, route: str, kind: str, jaeger: Jaeger, port: int) -> Iterator[Chain]:
-    """An agent, a Collector with the files of collector-config/, a Prometheus; started, the agent not yet attached."""
-    variables = {AGGREGATION: KINDS[kind], "OTEL_METRIC_EXPORT_INTERVAL": "1000"}
-    with contextlib.ExitStack() as stack:
-        if route == "straight":
-            prometheus = Prometheus(folder)
-            variables |= {
-                "OTEL_EXPORTER_OTLP_METRICS_PROTOCOL": "http/protobuf",
-                "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT": f"{prometheus.url}/api/v1/otlp/v1/metrics",
-                "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": f"http://{jaeger.otlp}",
-            }
-        else:
-            prometheus = Prometheus(folder, scrapes=route == "scrape")
-            environment = {"TCPPKTLAT_SCRAPE": prometheus.scrape, "PROMETHEUS_URL": prometheus.url}
-            environment["JAEGER_OTLP"] = jaeger.otlp
-            collector = Collector(folder, f"prometheus/{route}.yaml", "jaeger.yaml", environment=environment)
-            variables["OTEL_EXPORTER_OTLP_ENDPOINT"] = f"http://{collector.otlp}"
-            stack.enter_context(collector)
-        stack.enter_context(prometheus)
-        yield Chain(route, kind, stack.enter_context(Agent(folder, ["-v", "-l", str(port)], variables)), prometheus)
-
-
-@pytest.fixture(scope="module")
-def jaeger(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jaeger]:
-    with Jaeger(tmp_path_factory.mktemp("jaeger")) as it:
-        yield it
 
 
 @dataclass
@@ -106,20 +39,15 @@ def told(jaeger: Jaeger, tmp_path_factory: pytest.TempPathFactory) -> Iterator[T
     """All chains at once, so that they see the same traffic: that of one port."""
     port = free_port()
     with contextlib.ExitStack() as stack:
-        chains = {}
-        for route in ROUTES:
-            for kind in KINDS:
-                folder = tmp_path_factory.mktemp(f"{route}-{kind}")
-                chains[route, kind] = stack.enter_context(chain(folder, route, kind, jaeger, port))
-        for each in chains.values():
-            each.agent.wait_for_stderr("otel-tcppktlat: attached")
+        those = stack.enter_context(chains(tmp_path_factory.mktemp("chains"), ROUTES, list(KINDS), jaeger))
+        start_agents(list(those.values()), port)
         since_unix_s = time.time()
         readers = {}
         for comm, waits_s in SLOW_S.items():
             reader = stack.enter_context(SlowReader(comm, port))
             reader.wait(0, *waits_s)
             readers[reader.pid] = reader
-        yield Told(chains, readers, since_unix_s)
+        yield Told(those, readers, since_unix_s)
 
 
 @pytest.fixture(params=ROUTES)

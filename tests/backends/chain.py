@@ -1,0 +1,112 @@
+"""Chains: an agent, a Collector with the files of collector-config/, and Prometheus and Jaeger behind it."""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from backends.servers import Collector, Jaeger, Prometheus
+from support.agent import Agent
+
+AGGREGATION = "OTEL_EXPORTER_OTLP_METRICS_DEFAULT_HISTOGRAM_AGGREGATION"
+KINDS = {"explicit": "explicit_bucket_histogram", "exponential": "base2_exponential_bucket_histogram"}
+STRAIGHT = "straight"
+ROUTES = ("scrape", "remote-write", "otlp", STRAIGHT)  # files of collector-config/prometheus/, and without a Collector
+HISTOGRAM = "tcppktlat_receive_queue_duration_seconds"
+SERVER = '{tcppktlat_role="server"}'
+
+
+class Chain:
+    """All that stands behind an agent, and the agent itself once start_agent() was called."""
+
+    def __init__(
+        self,
+        stack: contextlib.ExitStack,
+        folder: pathlib.Path,
+        route: str,
+        kind: str,
+        jaeger: Jaeger,
+        more: Sequence[str] = (),
+    ) -> None:
+        """`stack` ends it. `route` is one of ROUTES, `kind` one of KINDS, `more` further files of collector-config/."""
+        self.route, self.kind = route, kind
+        self._stack, self._folder, self._runs = stack, folder, 0
+        self.prometheus = Prometheus(folder, scrapes=route == "scrape")
+        self._variables = {AGGREGATION: KINDS[kind], "OTEL_METRIC_EXPORT_INTERVAL": "1000"}
+        self.collector: Collector | None = None
+        if route == STRAIGHT:
+            self._variables |= {
+                "OTEL_EXPORTER_OTLP_METRICS_PROTOCOL": "http/protobuf",
+                "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT": f"{self.prometheus.url}/api/v1/otlp/v1/metrics",
+                "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": f"http://{jaeger.otlp}",
+            }
+        else:
+            environment = {
+                "TCPPKTLAT_SCRAPE": self.prometheus.scrape,
+                "PROMETHEUS_URL": self.prometheus.url,
+                "JAEGER_OTLP": jaeger.otlp,
+                "TCPPKTLAT_QUEUE": str(folder / "queue"),
+            }
+            files = (f"prometheus/{route}.yaml", "jaeger.yaml", *more)
+            self.collector = stack.enter_context(Collector(folder, *files, environment=environment))
+            self._variables["OTEL_EXPORTER_OTLP_ENDPOINT"] = f"http://{self.collector.otlp}"
+        stack.enter_context(self.prometheus)
+
+    def start_agent(self, port: int) -> Agent:
+        """Starts an agent that sees one port, with the same settings each time; it may not yet be attached."""
+        self._runs += 1
+        folder = self._folder / f"agent-{self._runs}"
+        folder.mkdir()
+        return self._stack.enter_context(Agent(folder, ["-v", "-l", str(port)], self._variables))
+
+    def count(self) -> float:
+        """Observations of the servers' histogram, as Prometheus has them now."""
+        if self.kind == "explicit":
+            return self.prometheus.value(f"sum({HISTOGRAM}_count{SERVER})") or 0.0
+        return self.prometheus.value(f"sum(histogram_count({HISTOGRAM}{SERVER}))") or 0.0
+
+    def buckets(self) -> dict[tuple[float, float], float]:
+        """Counts of the servers' histogram by (lower, upper) bound in seconds; empty while it is not there."""
+        if self.kind == "exponential":
+            result = self.prometheus.query(HISTOGRAM + SERVER)
+            return {
+                (float(lower), float(upper)): float(count)
+                for one in result
+                for _, lower, upper, count in one["histogram"][1].get("buckets", [])
+            }
+        result = self.prometheus.query(f"{HISTOGRAM}_bucket{SERVER}")
+        cumulative = sorted((float(one["metric"]["le"]), float(one["value"][1])) for one in result)
+        found, lower_s, before = {}, 0.0, 0.0
+        for upper_s, count in cumulative:
+            if count > before:
+                found[lower_s, upper_s] = count - before
+            lower_s, before = upper_s, count
+        return found
+
+    def exemplars(self, since_unix_s: float) -> list[dict[str, Any]]:
+        """The histogram's exemplars from a time until now."""
+        suffix = "_bucket" if self.kind == "explicit" else ""
+        return self.prometheus.exemplars(f"{HISTOGRAM}{suffix}{SERVER}", since_unix_s)
+
+
+@contextlib.contextmanager
+def chains(
+    root: pathlib.Path, routes: Sequence[str], kinds: Sequence[str], jaeger: Jaeger
+) -> Iterator[dict[tuple[str, str], Chain]]:
+    """A chain for each route and kind of histogram; no agent runs yet."""
+    with contextlib.ExitStack() as stack:
+        yield {
+            (route, kind): Chain(stack, root / f"{route}-{kind}", route, kind, jaeger)
+            for route in routes
+            for kind in kinds
+        }
+
+
+def start_agents(those: Sequence[Chain], port: int) -> list[Agent]:
+    """Starts an agent in each, all at once, and returns when they count."""
+    agents = [one.start_agent(port) for one in those]
+    for agent in agents:
+        agent.wait_for_stderr("otel-tcppktlat: attached")
+    return agents
