@@ -41,7 +41,7 @@ class Server:
     ) -> None:
         """`ready`: a URL that answers 200, or the address of a port that takes connections, once it is ready."""
         folder.mkdir(parents=True, exist_ok=True)
-        self._name, self._command, self._ready, self._folder = name, [*command], ready, folder
+        self._name, self._command, self.ready, self._folder = name, [*command], ready, folder
         self._environment = {**os.environ, **(environment or {})}
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -66,19 +66,21 @@ class Server:
 
     def _answers(self) -> bool:
         try:
-            if self._ready.startswith("http://"):
-                return requests.get(self._ready, timeout=5).ok
-            host, port = self._ready.split(":")
+            if self.ready.startswith("http://"):
+                return requests.get(self.ready, timeout=5).ok
+            host, port = self.ready.split(":")
             socket.create_connection((host, int(port)), timeout=5).close()
             return True
         except OSError:  # requests.RequestException is one
             return False
 
-    def stop(self, number: int = signal.SIGTERM, timeout_s: float = 60) -> None:
-        """Sends a signal and waits for the end."""
-        if self._process and self._process.poll() is None:
+    def stop(self, number: int = signal.SIGTERM, timeout_s: float = 60) -> int | None:
+        """Sends a signal, waits for the end, and returns the exit status; None if it was never started."""
+        if not self._process:
+            return None
+        if self._process.poll() is None:
             self._process.send_signal(number)
-            self._process.wait(timeout_s)
+        return self._process.wait(timeout_s)
 
     def __enter__(self: AnyServer) -> AnyServer:
         self.start()

@@ -1,0 +1,184 @@
+"""collector-config/ as files: each is valid, alone and with what it is meant for, and beside a user's own pipelines."""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+import time
+from collections import Counter
+from typing import Any
+
+import pytest
+import yaml
+from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter
+from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+
+from backends.chain import SERVER
+from backends.servers import COLLECTOR_CONFIG, Collector, Jaeger, Prometheus, free_port, validate
+from backends.traffic import SlowReader
+from otel_tcppktlat.demo.receiver import Receiver
+from support.agent import Agent
+from telemetry.told import DURATION, eventually
+
+PROMETHEUS_ROUTES = ("prometheus/scrape.yaml", "prometheus/remote-write.yaml", "prometheus/otlp.yaml")
+TRACES = ("jaeger.yaml", "tempo.yaml", "busy-hosts.yaml")
+VARIABLES = {"VENDOR_OTLP_ENDPOINT": "https://vendor.example", "VENDOR_OTLP_HEADERS": '{api-key: "SECRET"}'}
+COMBINATIONS = [
+    *([file] for file in (*PROMETHEUS_ROUTES, *TRACES, "vendor.yaml", "vendor-delta.yaml")),
+    *([metrics, traces] for metrics in PROMETHEUS_ROUTES for traces in TRACES),
+    *([metrics, "vendor-delta.yaml"] for metrics in PROMETHEUS_ROUTES),
+    ["prometheus/otlp.yaml", "jaeger.yaml", "persistent-queue.yaml"],
+]
+ALONE = [COLLECTOR_CONFIG / file for combination in COMBINATIONS if len(combination) == 1 for file in combination]
+
+
+@pytest.mark.parametrize("files", COMBINATIONS, ids="+".join)
+def test_each_is_valid(files: list[str]) -> None:
+    assert not validate(*files, environment=VARIABLES)
+
+
+def test_every_file_is_tested() -> None:
+    named = {file for combination in COMBINATIONS for file in combination} | {"tcppktlat.yaml"}
+    there = {str(path.relative_to(COLLECTOR_CONFIG)) for path in COLLECTOR_CONFIG.glob("**/*.yaml")}
+    assert there - {"deploy/daemonset.yaml"} == named
+
+
+@pytest.mark.parametrize("path", ALONE, ids=lambda path: str(path.name))
+def test_what_all_have_in_common_is_the_same(path: pathlib.Path) -> None:
+    """The receiver and the limiter are written into each, so that each is complete; merged, they must not disagree."""
+    fragment = yaml.safe_load((COLLECTOR_CONFIG / "tcppktlat.yaml").read_text())
+    configuration = yaml.safe_load(path.read_text())
+    assert configuration["receivers"] == fragment["receivers"]
+    name = "memory_limiter/tcppktlat"
+    assert configuration["processors"][name] == fragment["processors"][name]
+    for pipeline in configuration["service"]["pipelines"].values():
+        assert pipeline["processors"][0] == name
+
+
+def users(receiver: Receiver, port: int) -> dict[str, Any]:
+    """A configuration such as a user has: his receiver, his processors, his exporter, his extension."""
+    pipeline = {
+        "receivers": ["otlp"],
+        "processors": ["memory_limiter", "resource", "batch"],
+        "exporters": ["otlphttp/mine"],
+    }
+    return {
+        "extensions": {"health_check": {"endpoint": f"127.0.0.1:{free_port()}"}},
+        "receivers": {"otlp": {"protocols": {"grpc": {"endpoint": f"127.0.0.1:{port}"}}}},
+        "processors": {
+            "memory_limiter": {"check_interval": "1s", "limit_percentage": 80},
+            "resource": {"attributes": [{"key": "through", "value": "mine", "action": "insert"}]},
+            "batch": {},
+        },
+        "exporters": {"otlphttp/mine": {"endpoint": receiver.http_endpoint}},
+        "service": {"extensions": ["health_check"], "pipelines": {"metrics": pipeline, "traces": pipeline}},
+    }
+
+
+def send_as_an_application(port: int) -> None:
+    """What the user's own pipelines carry: a counter and a span."""
+    resource = Resource({"service.name": "application"})
+    exporter = OTLPMetricExporter(endpoint=f"http://127.0.0.1:{port}")
+    meters = MeterProvider([PeriodicExportingMetricReader(exporter, 3_600_000)], resource, shutdown_on_exit=False)
+    meters.get_meter("application").create_counter("requests").add(3)
+    traces = TracerProvider(resource=resource, shutdown_on_exit=False)
+    traces.add_span_processor(SimpleSpanProcessor(OTLPSpanExporter(endpoint=f"http://127.0.0.1:{port}")))
+    traces.get_tracer("application").start_span("handle").end()
+    meters.shutdown()
+    traces.shutdown()
+
+
+def application_got(receiver: Receiver) -> tuple[list[Any], list[Any]]:
+    """What arrived of the application: points and spans, without ids and times."""
+    points = receiver.points("requests")
+    spans = [one for one in receiver.spans() if one.resource["service.name"] == "application"]
+    return (
+        [(one.value, one.attributes, one.resource) for one in points],
+        [(one.name, one.attributes, one.resource) for one in spans],
+    )
+
+
+def test_the_fragment_beside_a_users_configuration(tmp_path: pathlib.Path) -> None:
+    """The user's pipelines deliver what they did without it; the agent's data goes through its own."""
+    fragment = yaml.safe_load(
+        (COLLECTOR_CONFIG / "tcppktlat.yaml")
+        .read_text()
+        .replace("your_metrics_exporter", "otlphttp/mine")
+        .replace("your_traces_exporter", "otlphttp/mine")
+    )
+    got = []
+    for beside in ([], [fragment]):
+        with Receiver() as receiver, contextlib.ExitStack() as stack:
+            own_port, port = free_port(), free_port()
+            folder = tmp_path / f"{len(beside)}"
+            mine = users(receiver, own_port)
+            collector = Collector(folder, mine, *beside)
+            if not beside:
+                collector.ready = f"127.0.0.1:{own_port}"
+            stack.enter_context(collector)
+            if beside:
+                variables = {
+                    "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://{collector.otlp}",
+                    "OTEL_METRIC_EXPORT_INTERVAL": "500",
+                }
+                agent = stack.enter_context(Agent(folder, ["-v", "-l", str(port)], variables))
+                agent.wait_for_stderr("otel-tcppktlat: attached")
+                stack.enter_context(SlowReader(b"reader", port)).wait(0.03)
+                receiver.wait_for(lambda it: bool(it.points(DURATION)) and bool(it.spans()), 60)
+                ours = [one.resource for one in receiver.points(DURATION)] + [one.resource for one in receiver.spans()]
+                assert all("through" not in resource for resource in ours)
+            send_as_an_application(own_port)
+            receiver.wait_for(lambda it: all(application_got(it)), 60)
+            assert collector.stop() == 0
+            got.append(application_got(receiver))
+    assert got[0] == got[1]
+    assert [one[2]["through"] for kind in got[1] for one in kind] == ["mine", "mine"]
+
+
+def test_the_fragment_says_which_names_are_to_be_filled_in() -> None:
+    with Receiver() as receiver:
+        said = validate(users(receiver, free_port()), "tcppktlat.yaml")
+    assert "your_metrics_exporter" in said or "your_traces_exporter" in said
+
+
+def test_busy_hosts_keep_the_span_of_every_exemplar(tmp_path: pathlib.Path) -> None:
+    """Beside it, the sampler of the same Collector's other traces leaves exemplars that point to nothing."""
+    sampled = {
+        "receivers": {"otlp/tcppktlat": {"protocols": {"grpc": {"endpoint": "${env:TCPPKTLAT_LISTEN}"}}}},
+        "processors": {"probabilistic_sampler": {"sampling_percentage": 10}},
+        "exporters": {"otlp/sampled": {"endpoint": "${env:SAMPLED}", "tls": {"insecure": True}}},
+        "service": {
+            "pipelines": {
+                "traces": {
+                    "receivers": ["otlp/tcppktlat"],
+                    "processors": ["probabilistic_sampler"],
+                    "exporters": ["otlp/sampled"],
+                }
+            }
+        },
+    }
+    with contextlib.ExitStack() as stack:
+        whole, part = (stack.enter_context(Jaeger(tmp_path / name)) for name in ("whole", "part"))
+        prometheus = stack.enter_context(Prometheus(tmp_path))
+        environment = {"TRACES_OTLP": whole.otlp, "SAMPLED": part.otlp, "PROMETHEUS_URL": prometheus.url}
+        files = ("prometheus/otlp.yaml", "busy-hosts.yaml")
+        collector = stack.enter_context(Collector(tmp_path, *files, sampled, environment=environment))
+        port, since_unix_s = free_port(), time.time()
+        variables = {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://{collector.otlp}", "OTEL_METRIC_EXPORT_INTERVAL": "250"}
+        agent = stack.enter_context(Agent(tmp_path, ["-v", "-l", str(port), "--span-rate", "1000"], variables))
+        agent.wait_for_stderr("otel-tcppktlat: attached")
+        stack.enter_context(SlowReader(b"reader", port)).wait(*[0.05] * 60)
+        name = "tcppktlat_receive_queue_duration_seconds"
+        eventually(lambda: prometheus.value(f"{name}_count{SERVER}") == 60)
+        exemplars = prometheus.exemplars(f"{name}_bucket{SERVER}", since_unix_s)
+        ids = {one["labels"]["trace_id"] for one in exemplars}
+        assert len(ids) >= 10  # an exemplar an interval at least, of 3 s
+        for trace_id in ids:
+            eventually(lambda trace_id=trace_id: whole.span(trace_id))  # type: ignore[misc]
+        kept = Counter(part.span(trace_id) is not None for trace_id in ids)
+        assert kept[False] > 0
