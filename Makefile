@@ -9,7 +9,7 @@ VENV := .venv
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 AS_ROOT := $(if $(SUDO),$(SUDO) --preserve-env,)
 
-.PHONY: run test backends bench venv lint bcc clean
+.PHONY: run test test-tempo backends bench venv lint bcc clean
 
 run: venv
 	@$(AS_ROOT) $(VENV)/bin/python -m otel_tcppktlat.demo
@@ -25,7 +25,11 @@ lint: $(VENV)/.installed-test
 	$(VENV)/bin/mypy
 
 backends: $(VENV)/.installed-test
-	cd tests && ../$(VENV)/bin/python -m backends.build
+	$(VENV)/bin/python -m tests.backends.build
+
+# Needs TEMPO=path of a Tempo binary, which no registry serves.
+test-tempo: bcc backends
+	$(AS_ROOT) $(VENV)/bin/python -m pytest -s tests/backends/tempo.py
 
 bench: bcc $(VENV)/.installed-test
 	$(AS_ROOT) $(VENV)/bin/python -m tests.benchmarks
