@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from .buckets import BadBounds, Buckets, explicit_buckets, exponential_buckets
 from .series import ATTRIBUTES, DEFAULT_ATTRIBUTES, DEFAULT_LIMIT
@@ -37,6 +38,7 @@ _LIMITS = (  # whole numbers, or "unset"
     "OTEL_EVENT_ATTRIBUTE_COUNT_LIMIT",
     "OTEL_LINK_ATTRIBUTE_COUNT_LIMIT",
 )
+_HEADER = re.compile(r"[ \t]*[!#-'*+.0-9A-Z^-z|~-]+[ \t]*=[ !#-+\--:<-\[\]-~]*")  # what the SDK takes for one
 _SAMPLERS = ("always_on", "always_off", "traceidratio")
 _CHOICES: Mapping[str, Sequence[str]] = {
     "OTEL_TRACES_SAMPLER": (*_SAMPLERS, *(f"parentbased_{name}" for name in _SAMPLERS)),
@@ -164,6 +166,8 @@ def check_variables(environ: Mapping[str, str] = os.environ) -> None:
         name = f"OTEL_EXPORTER_OTLP_{signal}ENDPOINT"
         if url := environ.get(name, "").strip():
             check_endpoint_variable(name, url if "://" in url else f"http://{url}")  # gRPC takes HOST:PORT as well
+        name = f"OTEL_EXPORTER_OTLP_{signal}HEADERS"
+        _check_headers(name, environ.get(name, ""))
     queue, batch = (environ.get(f"OTEL_BSP_MAX_{what}_SIZE") for what in ("QUEUE", "EXPORT_BATCH"))
     if queue and batch and int(batch) > int(queue):
         raise SettingsError(f"OTEL_BSP_MAX_EXPORT_BATCH_SIZE={batch} is more than OTEL_BSP_MAX_QUEUE_SIZE={queue}")
@@ -177,6 +181,12 @@ def _check_number(name: str, text: str, kind: type[int] | type[float], lowest: f
     if not valid:
         what = "whole number" if kind is int else "number"
         raise SettingsError(f"{name}={text} is not a {what} from {lowest:.15g} to {highest:.15g}")
+
+
+def _check_headers(name: str, text: str) -> None:
+    for number, entry in enumerate(map(str.strip, text.split(",")), 1):
+        if entry and not (_HEADER.fullmatch(entry) and unquote(entry).strip().isprintable()):
+            raise SettingsError(f"{name}: entry {number} is not NAME=VALUE, URL-encoded (it may be secret: not shown)")
 
 
 def check_endpoint_variable(name: str, url: str) -> None:
