@@ -6,6 +6,7 @@ their variables themselves.
 
 from __future__ import annotations
 
+import logging
 import os
 import pathlib
 import ssl
@@ -13,15 +14,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any, Literal
+from urllib.parse import SplitResult, unquote, urlsplit
 
 from opentelemetry.sdk.metrics.export import MetricExporter
 from opentelemetry.sdk.trace.export import SpanExporter
 
 from ..settings import SettingsError, check_endpoint_variable
+from .diagnosis import Protocol, Target, Watch, check_response, note_error
 
 Signal = Literal["metrics", "traces"]
 _TLS_FILES = ("CERTIFICATE", "CLIENT_CERTIFICATE", "CLIENT_KEY")
 _BUILT_IN = {"grpc": "otlp_proto_grpc", "http/protobuf": "otlp_proto_http"}
+_DEFAULT_ENDPOINTS: Mapping[Protocol, str] = {"grpc": "http://localhost:4317", "http/protobuf": "http://localhost:4318"}
+
+_log = logging.getLogger(__name__)
 
 
 def _variable(name: str, signal: Signal) -> tuple[str, str | None]:
@@ -108,6 +114,8 @@ def _own_credentials(protocol: str) -> bool:
 
 
 def _grpc_arguments(signal: Signal) -> dict[str, Any]:
+    if not _log.isEnabledFor(logging.DEBUG):
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # a Watch says it once, gRPC's library at every attempt
     import grpc
 
     _check_files(signal)
@@ -141,17 +149,34 @@ def _http_arguments(signal: Signal) -> dict[str, Any]:
     if url:
         check_endpoint_variable(variable, url)
     _check_files(signal)
-    if not _encrypted(signal) or _own_credentials("HTTP"):
+    if _own_credentials("HTTP"):
         return {}
-    import certifi
     import requests
     from requests.adapters import HTTPAdapter
+
+    class Watched(HTTPAdapter):
+        """Lets a Watch know what becomes of a request, and the SDK have no success that is none."""
+
+        def send(self, *args: Any, **kwargs: Any) -> requests.Response:
+            try:
+                response = super().send(*args, **kwargs)
+            except Exception as error:
+                note_error(error)
+                raise
+            check_response(response)
+            return response
+
+    session = requests.Session()
+    session.mount("http://", Watched())
+    if not _encrypted(signal):
+        return {"session": session}
+    import certifi
 
     bundles = ((name, os.environ.get(name)) for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"))
     default = next(((name, path) for name, path in bundles if path), ("the certifi package", certifi.where()))
     context = _TlsFiles.check(signal, default).context
 
-    class PreparedTls(HTTPAdapter):
+    class PreparedTls(Watched):
         """Uses the context made above, whatever verify and cert say: their files may be out of reach by now."""
 
         def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
@@ -167,7 +192,6 @@ def _http_arguments(signal: Signal) -> dict[str, Any]:
         def cert_verify(self, conn: Any, url: Any, verify: Any, cert: Any) -> None:
             """The context does."""
 
-    session = requests.Session()
     session.mount("https://", PreparedTls())
     return {"session": session}
 
@@ -204,3 +228,37 @@ def make_span_exporter() -> SpanExporter | None:
     name = exporter_name("traces")
     exporter: SpanExporter | None = _make("traces", name, SpanExporter) if name else None
     return exporter
+
+
+def _uses_tls(signal: Signal, protocol: Protocol, url: SplitResult) -> bool:
+    """As the SDK decides; gRPC's addresses may come without a scheme."""
+    insecure = _variable("INSECURE", signal)[1]
+    if protocol == "http/protobuf" or url.scheme == "https" or insecure is None:
+        return url.scheme != "http"
+    return insecure.lower() == "false"
+
+
+def _secrets(signal: Signal, url: SplitResult) -> list[str]:
+    """What no message may contain: the values of headers, raw and decoded, and what is private in an address."""
+    pairs = (_variable("HEADERS", signal)[1] or "").split(",")
+    values = [pair.partition("=")[2].strip() for pair in pairs]
+    private = [*values, url.netloc.rpartition("@")[0], url.password or "", url.query]
+    return [text for one in private for text in (one, unquote(one))]
+
+
+def make_watch(signal: Signal) -> Watch:
+    """Watches over the deliveries of make_metric_exporter's or make_span_exporter's, unless it is a third party's."""
+    protocols: Mapping[str, Protocol] = {"otlp_proto_grpc": "grpc", "otlp_proto_http": "http/protobuf"}
+    protocol = protocols.get(exporter_name(signal) or "")
+    if protocol is None:
+        return Watch(None)
+    names = {name: _variable(name, signal)[0] for name in ("HEADERS", "PROTOCOL", "TIMEOUT", *_TLS_FILES)}
+    names["ENDPOINT"], endpoint = _variable("ENDPOINT", signal)
+    endpoint = endpoint or _DEFAULT_ENDPOINTS[protocol]
+    if protocol == "http/protobuf" and f"_{signal.upper()}_" not in names["ENDPOINT"]:
+        endpoint = f"{endpoint.removesuffix('/')}/v1/{signal}"
+    url = urlsplit(endpoint if "://" in endpoint else f"//{endpoint}")
+    tls = _uses_tls(signal, protocol, url)
+    if not url.scheme:
+        url = url._replace(scheme="https" if tls else "http")
+    return Watch(Target(signal, protocol, url, tls, _secrets(signal, url), names))

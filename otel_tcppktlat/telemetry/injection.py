@@ -13,17 +13,21 @@ from typing import Any
 from opentelemetry.sdk.metrics.export import MetricExporter, MetricExportResult, MetricsData, ResourceMetrics
 
 from .collector import Batch
+from .diagnosis import Watch
 
 
 class InjectingExporter(MetricExporter):
     """Exports what `collect` returns together with the SDK's metrics; the first batch goes with those."""
 
-    def __init__(self, inner: MetricExporter, collect: Callable[[], Sequence[Batch]]) -> None:
+    def __init__(self, inner: MetricExporter, collect: Callable[[], Sequence[Batch]], watch: Watch) -> None:
         super().__init__(inner._preferred_temporality, inner._preferred_aggregation)
-        self._inner, self._collect = inner, collect
+        self._inner, self._collect, self._watch = inner, collect, watch
 
     def export(self, metrics_data: MetricsData, timeout_millis: float = 10_000, **kwargs: Any) -> MetricExportResult:
         """Exports batch by batch and acknowledges those that succeed; stops at the first that does not."""
+        return self._watch.run(lambda: self._export(metrics_data, timeout_millis, **kwargs), MetricExportResult.SUCCESS)
+
+    def _export(self, metrics_data: MetricsData, timeout_millis: float, **kwargs: Any) -> MetricExportResult:
         own = metrics_data.resource_metrics[0]
         for number, batch in enumerate(self._collect()):
             beside = [] if number else list(own.scope_metrics)

@@ -33,7 +33,7 @@ from ..probe.probe import Probe
 from ..series import SeriesTotals
 from ..settings import EXEMPLAR_FILTER, Settings, export_interval_s
 from .collector import SCHEMA_URL, SCOPE, Collector, Temporality
-from .exporters import make_metric_exporter, make_span_exporter
+from .exporters import make_metric_exporter, make_span_exporter, make_watch
 from .injection import InjectingExporter, NoExporter
 from .spans import Handover, SpanBudget
 
@@ -84,12 +84,13 @@ class Pipeline:
         self._interval_s = export_interval_s()
         self._metric_exporter: MetricExporter = make_metric_exporter() or NoExporter()
         self._span_exporter: SpanExporter | None = make_span_exporter()
+        self._metric_watch, self._span_watch = make_watch("metrics"), make_watch("traces")
         self._queue_size, self._batch_size = _span_queue_sizes(settings.span_rate, self._interval_s)
         self._resource = make_resource()
 
     def start(self, probe: Probe) -> None:
         """Starts exporting what the probe measures."""
-        handover = Handover(self._span_exporter) if self._span_exporter else None
+        handover = Handover(self._span_exporter, self._span_watch) if self._span_exporter else None
         self._tracer_provider: TracerProvider | None = None
         tracer = None
         if handover:
@@ -112,7 +113,7 @@ class Pipeline:
             exemplar_filter=os.environ.get(EXEMPLAR_FILTER, "").strip().lower() or None,
         )
         reader = PeriodicExportingMetricReader(
-            InjectingExporter(self._metric_exporter, self.collector.collect),
+            InjectingExporter(self._metric_exporter, self.collector.collect, self._metric_watch),
             export_interval_millis=self._interval_s * 1e3,
         )
         self._meter_provider = MeterProvider([reader], resource=self._resource, shutdown_on_exit=False)
@@ -147,6 +148,9 @@ class Pipeline:
     def shutdown(self, timeout_s: float) -> None:
         """Collects and exports a last time, spans too, and returns after `timeout_s` at the latest."""
         deadline_s = time.monotonic() + timeout_s
+        watches = self._metric_watch, self._span_watch
+        for watch in watches:
+            watch.ending()
         spans_made, metrics_done = threading.Event(), threading.Event()
         self.collector.on_collected(spans_made.set)
 
@@ -171,3 +175,5 @@ class Pipeline:
             thread.start()
         for thread in threads:
             thread.join(max(0.0, deadline_s - time.monotonic()))
+        for watch in watches:
+            watch.conclude()

@@ -16,6 +16,7 @@ from opentelemetry.trace import SpanKind, Tracer
 from ..events import span_attributes
 from ..probe.layout import KIND_ROW, Event
 from ..series import AttributeSet
+from .diagnosis import Watch
 
 SPAN_NAME = "tcp receive"
 
@@ -44,14 +45,14 @@ class Candidate:
 class Handover(SpanExporter):
     """Passes spans on, and knows how many were handed over: the queue before it drops what does not fit, silently."""
 
-    def __init__(self, inner: SpanExporter) -> None:
-        self._inner = inner
+    def __init__(self, inner: SpanExporter, watch: Watch) -> None:
+        self._inner, self._watch = inner, watch
         self.taken = 0
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         """Counts and exports a batch."""
         self.taken += len(spans)
-        return self._inner.export(spans)
+        return self._watch.run(lambda: self._inner.export(spans), SpanExportResult.SUCCESS)
 
     def shutdown(self) -> None:
         """Shuts the exporter down."""

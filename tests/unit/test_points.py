@@ -35,6 +35,7 @@ from otel_tcppktlat.probe.probe import Delta, Harvest, Probe, Series
 from otel_tcppktlat.series import SeriesTotals, Totals
 from otel_tcppktlat.telemetry import collector as collector_module
 from otel_tcppktlat.telemetry.collector import Collector, Temporality
+from otel_tcppktlat.telemetry.diagnosis import Watch
 from otel_tcppktlat.telemetry.injection import InjectingExporter
 from otel_tcppktlat.telemetry.points import Acknowledged, histogram_data, histogram_point, most_encoded_bytes
 from otel_tcppktlat.telemetry.spans import SpanBudget
@@ -142,7 +143,7 @@ def test_nothing_is_lost_and_nothing_comes_twice(
         collector = Collector(
             cast(Probe, probe), buckets, totals, SpanBudget(None, None, 0, 0, 1), Temporality(temporality, temporality)
         )
-        exporter = InjectingExporter(answers, collector.collect)
+        exporter = InjectingExporter(answers, collector.collect, Watch(None))
         nothing = MetricsData([ResourceMetrics(Resource({}), [], "")])
         truth: dict[frozenset[tuple[str, Any]], Counter[int]] = {}
         for interval, fail, sweep in [*intervals, ({}, [], False)]:

@@ -10,6 +10,7 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExporter, SpanExportResult
 
 from otel_tcppktlat.probe.layout import KIND_EXEMPLAR, KIND_ROW, Event
+from otel_tcppktlat.telemetry.diagnosis import Watch
 from otel_tcppktlat.telemetry.spans import Candidate, Handover, SpanBudget
 
 
@@ -36,7 +37,7 @@ PICKUPS = st.lists(st.tuples(st.integers(1, 10**9), st.booleans(), st.booleans()
 def test_budget(intervals: list[list[tuple[int, bool, bool]]], rate: int, late: bool) -> None:
     """Intervals of 1 s, or of 2 where the collection is late: by then, rows beyond the budget for 1 s have gone."""
     kept = Kept()
-    handover = Handover(kept)
+    handover = Handover(kept, Watch(None))
     provider = TracerProvider(shutdown_on_exit=False)
     provider.add_span_processor(SimpleSpanProcessor(handover))
     budget = SpanBudget(provider.get_tracer("test"), handover, rate, 1000, 1.0)
@@ -69,7 +70,7 @@ def test_budget(intervals: list[list[tuple[int, bool, bool]]], rate: int, late: 
 def test_no_spans_once_closed() -> None:
     kept = Kept()
     provider = TracerProvider(shutdown_on_exit=False)
-    budget = SpanBudget(provider.get_tracer("test"), Handover(kept), 100, 1000, 1.0)
+    budget = SpanBudget(provider.get_tracer("test"), Handover(kept, Watch(None)), 100, 1000, 1.0)
     budget.close()
     assert budget.make_spans([Candidate(made_up(1, 5, KIND_EXEMPLAR))], 1.0, 0) == {}
 
@@ -77,7 +78,7 @@ def test_no_spans_once_closed() -> None:
 def test_rows_of_the_next_interval_wait_for_it() -> None:
     """And have the attributes of their series as of the interval's end."""
     kept = Kept()
-    handover = Handover(kept)
+    handover = Handover(kept, Watch(None))
     provider = TracerProvider(shutdown_on_exit=False)
     provider.add_span_processor(SimpleSpanProcessor(handover))
     budget = SpanBudget(provider.get_tracer("test"), handover, 100, 1000, 1.0)

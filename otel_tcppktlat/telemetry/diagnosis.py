@@ -1,0 +1,313 @@
+"""Why nothing can be delivered: one line when that begins, when the reason changes, and when it is over.
+
+The SDK's exporters log every attempt, each in its own words. What they log while they export for a Watch is
+material for its line, and for -v.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+import os
+import re
+import threading
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+from urllib.parse import SplitResult, urlsplit
+
+from .answering import Answer, Speech, what_answers
+
+Protocol = Literal["grpc", "http/protobuf"]
+_T = TypeVar("_T")
+_SDK_LOGGER = "opentelemetry.exporter.otlp.proto"
+_PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy", "all_proxy")
+_SPEECH: dict[Protocol, Speech] = {"grpc": "HTTP/2", "http/protobuf": "HTTP/1.1"}
+_SERVER: dict[Speech, str] = {"HTTP/2": "a gRPC (HTTP/2) server", "HTTP/1.1": "an HTTP/1.1 server"}
+_REFUSALS = ("UNAUTHENTICATED", "PERMISSION_DENIED", 401, 403)
+_NOT_HERE = (404, 405, 501)
+# gRPC's own library makes other statuses as well, when there is no receiver.
+_FROM_A_RECEIVER = (
+    *("UNAUTHENTICATED", "PERMISSION_DENIED", "UNIMPLEMENTED", "INVALID_ARGUMENT", "RESOURCE_EXHAUSTED"),
+    *("FAILED_PRECONDITION", "OUT_OF_RANGE", "DATA_LOSS", "ABORTED", "NOT_FOUND", "ALREADY_EXISTS"),
+)
+_TROUBLE = {
+    "refused": "nobody listens there (connection refused)",
+    "unreachable": "no connection can be made (no route to it, or a firewall)",
+    "closes": "something takes connections there, and closes them",
+    "silent": "something takes connections there, and says nothing",
+}
+_STEADY = 10  # failures of one kind in a row, after which another kind is news again, though it was there before
+_LONGEST_REASON = 250
+_SHORTEST_SECRET = 4
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What an attempt ended with. `code`: an HTTP status, or the name of a gRPC one; None without an answer."""
+
+    code: int | str | None
+    detail: str
+
+    @property
+    def kind(self) -> str:
+        """The same for the same trouble: without ports, times and addresses in memory."""
+        return f"{self.code} " + re.sub(r"0x[0-9a-f]+|[0-9]+", "", self.detail)
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a signal goes. `secrets`: what must not be printed. `variables`: names of the signal's, by their end."""
+
+    signal: str
+    protocol: Protocol
+    url: SplitResult
+    tls: bool
+    secrets: Collection[str]
+    variables: dict[str, str]
+
+    @property
+    def what(self) -> str:
+        """The signal as the user knows it."""
+        return "spans" if self.signal == "traces" else self.signal
+
+    @property
+    def shown(self) -> str:
+        """The address as it may be printed."""
+        host = self.url.netloc.rpartition("@")[2]
+        over = "gRPC" if self.protocol == "grpc" else "HTTP"
+        return f"{self.url.scheme}://{host}{self.url.path if self.protocol != 'grpc' else ''} over {over}"
+
+    def without_secrets(self, text: str) -> str:
+        """For whatever somebody else worded."""
+        for secret in sorted(self.secrets, key=len, reverse=True):
+            if len(secret) >= _SHORTEST_SECRET:
+                text = text.replace(secret, "***").replace(repr(secret)[1:-1], "***")
+        return text
+
+    def answer(self) -> Answer | None:
+        """Who answers there; None if a proxy, if any, would be asked instead."""
+        proxied = any(os.environ.get(name) or os.environ.get(name.upper()) for name in _PROXY_VARIABLES)
+        if proxied or not self.url.hostname:
+            return None
+        port = self.url.port or (443 if self.tls or self.protocol == "grpc" else 80)
+        return what_answers(self.url.hostname, port, _SPEECH[self.protocol])
+
+
+def _of_code(target: Target, failure: Failure) -> str | None:
+    """What a status says on its own."""
+    code, detail = failure.code, failure.detail
+    if code is None or isinstance(code, str) and code not in _FROM_A_RECEIVER:
+        return None
+    status = f"HTTP {code} {detail}".rstrip() if isinstance(code, int) else f"gRPC status {code}"
+    if code in _REFUSALS:
+        return f"it refuses the credentials ({status}); check {target.variables['HEADERS']}"
+    if code == "UNIMPLEMENTED":
+        return f"what answers there takes no OTLP {target.signal} ({status})"
+    if code in _NOT_HERE:
+        advice = ""
+        if not target.url.path.endswith(f"/v1/{target.signal}"):
+            advice = f"; {target.variables['ENDPOINT']} is taken as it is, and should end in /v1/{target.signal}"
+        return f"no OTLP receiver is at this path ({status}){advice}"
+    return f"it answers {status}" + (f": {detail}" if isinstance(code, str) and detail else "")
+
+
+def _of_detail(target: Target, failure: Failure) -> str | None:
+    """What only the library's words tell."""
+    detail, variables, host = failure.detail, target.variables, target.url.hostname
+    if target.protocol == "grpc" and "@" in target.url.netloc:
+        return f"gRPC takes no user in {variables['ENDPOINT']}; use {variables['HEADERS']}"
+    if re.search(r"metadata was invalid|in header value|Illegal header|Invalid metadata", detail):
+        return f"{variables['HEADERS']} holds a character that no header may have"
+    if re.search(r"NameResolutionError|\[Errno -[0-9]|errors resolving|DNS resolution failed", detail):
+        return f"the name {host} does not resolve"
+    if re.search(r"[Hh]ostname mismatch|Hostname Verification|not in peer certificate|IP address mismatch", detail):
+        return f"its certificate is not for {host}"
+    if found := re.search(r"CERTIFICATE_VERIFY_FAILED\W+(?:certificate verify failed: )?([\w -]+\w)", detail):
+        return f"its certificate is not accepted: {found[1]} ({variables['CERTIFICATE']} names whom to trust)"
+    if re.search(r"CERTIFICATE_REQUIRED", detail, re.IGNORECASE):
+        return _no_client_certificate(target)
+    return None
+
+
+def _no_client_certificate(target: Target) -> str:
+    variable = target.variables["CLIENT_CERTIFICATE"]
+    return f"it closes connections after the TLS handshake; does it want a client's certificate ({variable})?"
+
+
+def _of_answer(target: Target, answer: Answer) -> str | None:
+    """What an answer tells that the exporter cannot work with; None if it is as it should be."""
+    if answer.trouble and not answer.tls:
+        return _TROUBLE[answer.trouble]
+    if answer.banner:
+        return f"a server of another kind answers there, with {answer.banner!r}"
+    if answer.trouble and target.tls and not os.environ.get(target.variables["CLIENT_CERTIFICATE"]):
+        return _no_client_certificate(target)
+    wanted, variable = _SPEECH[target.protocol], target.variables["PROTOCOL"]
+    server, advice = _SERVER[answer.speech] if answer.speech else "a server", []
+    if answer.speech not in (wanted, None):
+        if answer.speech == "HTTP/2":
+            advice.append(f"for OTLP over gRPC set {variable}=grpc (usually port 4317)")
+        else:
+            advice.append(f"for OTLP over HTTP set {variable}=http/protobuf (usually port 4318)")
+    if answer.tls != target.tls:
+        server += " with TLS" if answer.tls else " without TLS"
+        advice.append(f"write {'https' if answer.tls else 'http'}:// in {target.variables['ENDPOINT']}")
+    return f"{server} answers there; {', and '.join(advice)}" if advice else None
+
+
+def explain(target: Target, failure: Failure, ask: bool = True) -> str:
+    """The reason, as the user needs it. `ask`: connect to find out who answers, if the failure alone does not tell."""
+    reason = _of_code(target, failure) or _of_detail(target, failure)
+    if reason is None and ask and (answer := target.answer()):
+        reason = _of_answer(target, answer)
+    if reason is None and (failure.code == "DEADLINE_EXCEEDED" or "Read timed out" in failure.detail):
+        reason = f"it does not answer in time ({target.variables['TIMEOUT']})"
+    if reason is None:
+        cause = re.search(r"Caused by (.*)\)$", failure.detail)
+        reason = (f"gRPC status {failure.code}: " if failure.code else "") + (cause[1] if cause else failure.detail)
+    reason = "".join(character if character.isprintable() else " " for character in reason)
+    return reason if len(reason) <= _LONGEST_REASON else reason[: _LONGEST_REASON - 3] + "..."
+
+
+class Watch:
+    """Watches over the exports of one signal. Its methods may be called from any thread."""
+
+    def __init__(self, target: Target | None) -> None:
+        """Without a target it leaves everything as it is: the exporter is not of this project's choice."""
+        self._target = target
+        self._lock = threading.Lock()
+        self._attempts = 0  # under way
+        self._failure: Failure | None = None  # the last one of what is under way
+        self._explained: dict[str, str] = {}  # since the last delivery: kinds of failures, and their reasons
+        self._last_kind, self._in_a_row = "", 0
+        self._ending = self._over = False
+        if target:
+            _capture()
+
+    def run(self, export: Callable[[], _T], success: _T) -> _T:
+        """Calls `export` and returns what it does."""
+        if self._target is None:
+            return export()
+        _exporting.watch, self._failure = self, None
+        self._attempts += 1
+        try:
+            result = export()
+        finally:
+            self._attempts -= 1
+            _exporting.watch = None
+        if result == success:
+            self._delivered(self._target)
+        else:
+            self._explain(self._target, self._failure or Failure(None, "the exporter does not say why"))
+        return result
+
+    def note(self, failure: Failure) -> None:
+        """An attempt has failed; another one may follow."""
+        assert self._target
+        self._failure = Failure(failure.code, self._target.without_secrets(failure.detail))
+
+    def note_record(self, record: logging.LogRecord) -> None:
+        """What the SDK logs when an attempt has failed: it is for -v, and where to find a gRPC status."""
+        assert self._target
+        _log.debug("%s", self._target.without_secrets(record.getMessage()))
+        arguments = record.args if isinstance(record.args, tuple) else ()
+        for argument in arguments:
+            if isinstance(argument, enum.Enum):
+                self.note(Failure(argument.name, str(arguments[-1])))
+        if self._failure is None:
+            self.note(Failure(None, record.getMessage()))
+        if self._ending and self._failure:  # later there may be no time to ask who answers
+            self._explain(self._target, self._failure)
+
+    def _delivered(self, target: Target) -> None:
+        with self._lock:
+            if self._explained and not self._over:
+                _log.warning("%s are delivered again to %s", target.what, target.shown)
+            self._explained.clear()
+
+    def _explain(self, target: Target, failure: Failure) -> None:
+        kind = failure.kind
+        with self._lock:
+            self._in_a_row = self._in_a_row + 1 if kind == self._last_kind else 1
+            self._last_kind = kind
+            if kind in self._explained:
+                if self._in_a_row >= _STEADY:
+                    self._explained = {kind: self._explained[kind]}
+                return
+        reason = explain(target, failure)  # without the lock: it may take a while
+        with self._lock:
+            if not self._over and reason not in self._explained.values():
+                _log.warning("%s cannot be delivered to %s: %s", target.what, target.shown, reason)
+            self._explained[kind] = reason
+
+    def ending(self) -> None:
+        """The agent is about to end: any failed attempt may be the last."""
+        self._ending = True
+
+    def conclude(self) -> None:
+        """The agent ends now: an export that is still under way has failed. Nothing is said later."""
+        with self._lock:
+            self._over = True
+            if self._target and self._attempts and not self._explained:
+                failure = self._failure or Failure(None, "there was no answer until the agent ended")
+                reason = explain(self._target, failure, ask=False)
+                _log.warning("%s could not be delivered to %s: %s", self._target.what, self._target.shown, reason)
+
+
+class _Exporting(threading.local):
+    watch: Watch | None = None
+
+
+_exporting = _Exporting()
+
+
+class NotDelivered(Exception):
+    """Raised for an answer that the SDK would take as success."""
+
+
+def note_error(error: Exception) -> None:
+    """An HTTP request had no answer."""
+    if _exporting.watch:
+        _exporting.watch.note(Failure(None, str(error)))
+
+
+def check_response(response: Any) -> None:
+    """Notes why the answer of an HTTP server is no delivery; raises NotDelivered if the SDK would take it for one.
+
+    The SDK takes all statuses from 200 to 399 as success. A receiver never redirects a POST, nor sends a web page.
+    """
+    status, detail = response.status_code, str(response.reason or "")
+    if 300 <= status < 400:
+        where = urlsplit(response.headers.get("Location", ""))._replace(query="", fragment="").geturl()
+        detail += f", a redirect to {where}: is a login in between?"
+    elif status < 300:
+        if "html" not in response.headers.get("Content-Type", "").lower() or response.content.lstrip()[:1] != b"<":
+            return
+        detail += " with a web page: is a login in between?"
+    if _exporting.watch:
+        _exporting.watch.note(Failure(status, detail))
+    if status < 400:
+        raise NotDelivered(f"HTTP {status} {detail}")
+
+
+class _Captured(logging.Handler):
+    """Takes what the SDK's exporters log for a Watch, and passes on the rest."""
+
+    def handle(self, record: logging.LogRecord) -> bool:
+        """Without the handler's lock, as asking a server may take a while."""
+        if _exporting.watch:
+            _exporting.watch.note_record(record)
+        else:
+            logging.getLogger().handle(record)
+        return True
+
+
+def _capture() -> None:
+    logger = logging.getLogger(_SDK_LOGGER)
+    logger.propagate = False
+    logger.handlers = [_Captured()]
+    # It drops a record that is like the last one, also when it is about another signal.
+    logging.getLogger(f"{_SDK_LOGGER}.grpc.exporter").filters.clear()
