@@ -131,6 +131,11 @@ class Prometheus(Server):
         assert len(result) <= 1, result
         return float(result[0]["value"][1]) if result else None
 
+    def label_values(self, selector: str, label: str) -> list[str]:
+        """The values of a label of the series that a selector matches."""
+        values: list[str] = self._get(f"label/{label}/values", **{"match[]": selector})
+        return values
+
     def exemplars(self, promql: str, since_unix_s: float) -> list[dict[str, Any]]:
         """Exemplars of the series that a query selects, from a time until now: labels, value, timestamp."""
         found = self._get("query_exemplars", query=promql, start=since_unix_s, end=time.time() + 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from backends import dashboard
 from backends.chain import KINDS, ROUTES, Chain, chains, start_agents
 from backends.servers import Jaeger, free_port
 from backends.traffic import LENGTH, SlowReader
@@ -110,3 +112,31 @@ def test_pid_thread_and_name_are_on_the_exemplar_where_a_route_keeps_any(told: T
         assert kept["thread_name"] == reader.comm.decode(errors="replace")
         seen.add(reader.comm)
     assert route == "scrape" or seen == set(SLOW_S)
+
+
+def test_every_query_of_the_dashboard_returns_data(told: Told, route: str, kind: str) -> None:
+    """Numbers, and exemplars where it asks for them; its variables have values."""
+    it = told.chains[route, kind]
+    for title, promql, wants_exemplars in dashboard.queries():
+        eventually(lambda promql=promql: it.prometheus.query(promql), 30, (title, promql))  # type: ignore[misc]
+        for one in it.prometheus.query(promql):
+            assert "histogram" in one or not math.isnan(float(one["value"][1])), (title, one)
+        if wants_exemplars:
+            eventually(lambda promql=promql: it.prometheus.exemplars(promql, told.since_unix_s), 30, (title, promql))  # type: ignore[misc]
+    for selector, label in dashboard.label_values():
+        assert it.prometheus.label_values(selector, label), (selector, label)
+
+
+def test_the_dashboards_quantile_is_the_wait(told: Told, route: str, kind: str) -> None:
+    """The longest wait of all, as p99 of one process on one port: in the bucket that has it."""
+    it = told.chains[route, kind]
+    eventually(lambda: sum(it.buckets().values()) == SENT)
+    (promql,) = (one for title, one, _ in dashboard.queries() if title.startswith("p99"))
+    longest_s = max(wait_s for waits_s in SLOW_S.values() for wait_s in waits_s)
+
+    def p99_s() -> float:
+        found = [one for one in it.prometheus.query(promql) if one["metric"]["tcppktlat_role"] == "server"]
+        return float(found[0]["value"][1]) if found else 0.0
+
+    eventually(lambda: p99_s() >= longest_s / 2)
+    assert p99_s() <= max(upper_s for _, upper_s in it.buckets())

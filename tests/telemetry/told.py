@@ -123,11 +123,11 @@ def settle(receiver: Receiver, timeout_s: float = 60) -> None:
     receiver.wait_for(told, timeout_s)
 
 
-def eventually(condition: Callable[[], object], timeout_s: float = 60) -> None:
-    """Waits for what must come, however long it takes."""
+def eventually(condition: Callable[[], object], timeout_s: float = 60, what: object = None) -> None:
+    """Waits for `what` must come, however long it takes."""
     end_s = time.monotonic() + timeout_s
     while not condition():
-        assert time.monotonic() < end_s
+        assert time.monotonic() < end_s, what
         time.sleep(0.01)
 
 
