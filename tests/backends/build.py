@@ -40,7 +40,7 @@ class Program:
         digest = hashlib.sha256(f"{self.package} {self.tags}".encode())
         for file in sorted((PROGRAMS / self.folder).iterdir()):
             digest.update(file.name.encode() + b"\0" + file.read_bytes())
-        return CACHE / f"{self.folder}-{digest.hexdigest()[:16]}"
+        return CACHE / f"{self.folder}-{digest.hexdigest()[:16]}" / self.folder
 
 
 COLLECTOR = Program("collector", ".")
@@ -90,13 +90,13 @@ def build(program: Program) -> pathlib.Path:
             return program.binary
         began_s = time.monotonic()
         _say(f"building {program.folder}; this takes some minutes the first time")
+        for old in CACHE.glob(f"{program.folder}-*"):
+            shutil.rmtree(old)
+        program.binary.parent.mkdir()
         unfinished = program.binary.with_suffix(".unfinished")
         command = [_go(), "build", "-ldflags", "-s -w", "-tags", program.tags, "-o", str(unfinished), program.package]
         # stdout is kept for whoever asked for the path
         subprocess.run(command, cwd=PROGRAMS / program.folder, env={**os.environ, **_LOCAL}, check=True, stdout=2)
-        for old in CACHE.glob(f"{program.folder}-*"):
-            if old != unfinished:
-                old.unlink()
         unfinished.rename(program.binary)
         _say(f"{program.folder} took {time.monotonic() - began_s:.0f} s")
         return program.binary
