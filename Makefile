@@ -16,7 +16,7 @@ run: venv
 
 venv: bcc $(VENV)/.installed
 
-test: bcc $(VENV)/.installed-test lint backends
+test: bcc test-tools $(VENV)/.installed-test lint backends
 	$(AS_ROOT) $(VENV)/bin/python -m pytest
 
 lint: $(VENV)/.installed-test
@@ -44,6 +44,12 @@ install-bcc:
 	  $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends python3-bpfcc python3-venv >/dev/null; \
 	elif command -v dnf >/dev/null; then $(SUDO) dnf install -y -q python3-bcc; \
 	else echo "install your distribution's bcc for Python, then try again" >&2; exit 1; fi
+
+# systemd-analyze reads the unit, setpriv grants what it grants.
+.PHONY: test-tools
+test-tools:
+	@command -v systemd-analyze >/dev/null && command -v setpriv >/dev/null || { $(SUDO) apt-get update -qq && \
+	  $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends systemd util-linux >/dev/null; }
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
