@@ -62,14 +62,17 @@ def needs_cap_bpf() -> bool:
 
 
 def drop(user: pwd.struct_passwd) -> bool:
-    """Becomes `user` (if it is root) without capabilities; returns whether it had to keep CAP_BPF."""
+    """Becomes `user` (if it is root) without capabilities; returns whether it had to keep CAP_BPF. Raises OSError."""
     keep = needs_cap_bpf()
     if os.geteuid() == 0:
         if keep:
             _check(_libc.prctl(_PR_SET_KEEPCAPS, 1, 0, 0, 0), "prctl")
-        os.setgroups([])
-        os.setresgid(user.pw_gid, user.pw_gid, user.pw_gid)
-        os.setresuid(user.pw_uid, user.pw_uid, user.pw_uid)  # glibc does so in every thread
+        try:
+            os.setgroups([])
+            os.setresgid(user.pw_gid, user.pw_gid, user.pw_gid)
+            os.setresuid(user.pw_uid, user.pw_uid, user.pw_uid)  # glibc does so in every thread
+        except PermissionError:
+            raise OSError(f"root without CAP_SETUID and CAP_SETGID cannot become {user.pw_name}: grant both") from None
         if keep:
             _check(_libc.prctl(_PR_SET_KEEPCAPS, 0, 0, 0, 0), "prctl")
     set_capabilities(*([CAP_BPF] if keep else []))

@@ -67,6 +67,7 @@ class Loader:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=self._stderr,
+                cwd="/",  # bcc changes to it and back, and this one may be out of the user's reach
                 start_new_session=True,  # Ctrl-C is for the agent, which then ends the loader
             )
         self._channel.sendall(json.dumps(self._request).encode() + b"\n")

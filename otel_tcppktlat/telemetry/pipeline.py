@@ -40,7 +40,7 @@ from .spans import Handover, SpanBudget
 SELF_SCOPE = f"{SCOPE}.self"  # an SDK's meter must not share the injected metrics' scope: the encoder would drop one
 DEFAULT_SERVICE_NAME = "otel-tcppktlat"
 _INSTANCE_NAMESPACE = uuid.UUID("4d63009a-8d0f-11ee-aad7-4c796ed8e320")  # the conventions' own, for inherent ids
-_DEFAULT_DETECTORS = "otel,host,os"
+_DEFAULT_DETECTORS = "host,os,otel"  # the last one wins: OTEL_RESOURCE_ATTRIBUTES
 _DEFAULT_QUEUE, _DEFAULT_BATCH = 2048, 512  # OTEL_BSP_MAX_QUEUE_SIZE's and OTEL_BSP_MAX_EXPORT_BATCH_SIZE's default
 _LAST_SPANS_S = 1.0  # of the time to shut down, left for spans whatever becomes of the metrics
 

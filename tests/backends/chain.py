@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from backends.servers import Collector, Jaeger, Prometheus
@@ -93,15 +93,11 @@ class Chain:
 
 @contextlib.contextmanager
 def chains(
-    root: pathlib.Path, routes: Sequence[str], kinds: Sequence[str], jaeger: Jaeger
+    root: pathlib.Path, which: Iterable[tuple[str, str]], jaeger: Jaeger
 ) -> Iterator[dict[tuple[str, str], Chain]]:
-    """A chain for each route and kind of histogram; no agent runs yet."""
+    """A chain for each pair of a route and a kind of histogram; no agent runs yet."""
     with contextlib.ExitStack() as stack:
-        yield {
-            (route, kind): Chain(stack, root / f"{route}-{kind}", route, kind, jaeger)
-            for route in routes
-            for kind in kinds
-        }
+        yield {(route, kind): Chain(stack, root / f"{route}-{kind}", route, kind, jaeger) for route, kind in which}
 
 
 def start_agents(those: Sequence[Chain], port: int) -> list[Agent]:

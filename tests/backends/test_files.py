@@ -42,6 +42,12 @@ def test_each_is_valid(files: list[str]) -> None:
     assert not validate(*files, environment=VARIABLES)
 
 
+def test_the_daemonsets_configuration_is_valid() -> None:
+    manifests = yaml.safe_load_all((COLLECTOR_CONFIG / "deploy/daemonset.yaml").read_text())
+    (configuration,) = (one["data"]["config.yaml"] for one in manifests if one["kind"] == "ConfigMap")
+    assert not validate(yaml.safe_load(configuration))
+
+
 def test_every_file_is_tested() -> None:
     named = {file for combination in COMBINATIONS for file in combination} | {"tcppktlat.yaml"}
     there = {str(path.relative_to(COLLECTOR_CONFIG)) for path in COLLECTOR_CONFIG.glob("**/*.yaml")}

@@ -10,11 +10,17 @@ from collections.abc import Iterator
 
 import pytest
 
-from backends.chain import HISTOGRAM, KINDS, ROUTES, SERVER, STRAIGHT, Chain, chains, start_agents
+from backends.chain import HISTOGRAM, SERVER, STRAIGHT, Chain, chains, start_agents
 from backends.servers import Jaeger, free_port
 from backends.traffic import SlowReader
 from telemetry.told import eventually
 
+STORIES = [  # every route, each kind of histogram on two of them
+    ("scrape", "exponential"),
+    ("remote-write", "explicit"),
+    ("otlp", "exponential"),
+    (STRAIGHT, "explicit"),
+]
 FIRST, SECOND = 6, 3  # observations of the agent's first and second run
 BACK = 2  # ... and of the process that came back meanwhile
 WAIT_S = 0.03
@@ -25,7 +31,7 @@ BEFORE, AFTER, OUTAGE_S = (0.03, 0.03), (0.03,), 0.12
 def those(jaeger: Jaeger, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tuple[str, str], Chain]]:
     """Every route, through the same story: the reader is replaced by a second process, then the agent restarts."""
     port = free_port()
-    with chains(tmp_path_factory.mktemp("chains"), ROUTES, list(KINDS), jaeger) as it:
+    with chains(tmp_path_factory.mktemp("chains"), STORIES, jaeger) as it:
         agents = start_agents(list(it.values()), port)
         sent = 0
         for number in (FIRST - BACK, BACK):  # two processes, one after the other
@@ -50,8 +56,7 @@ def series(kind: str) -> str:
     return f"{HISTOGRAM}{'_count' if kind == 'explicit' else ''}{SERVER}"
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize(("route", "kind"), STORIES)
 def test_an_agent_that_restarts_is_one_counter_that_was_reset(
     those: dict[tuple[str, str], Chain], route: str, kind: str
 ) -> None:
@@ -61,8 +66,7 @@ def test_an_agent_that_restarts_is_one_counter_that_was_reset(
     assert float(one["value"][1]) == 1
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize(("route", "kind"), STORIES)
 def test_increase_counts_what_was_observed(those: dict[tuple[str, str], Chain], route: str, kind: str) -> None:
     it = those[route, kind]
     increase = f"increase({series(kind)}[5m])"
@@ -75,8 +79,7 @@ def test_increase_counts_what_was_observed(those: dict[tuple[str, str], Chain], 
     assert samples and least - 0.001 <= counted <= (FIRST + SECOND) * (1 + 2.2 / (samples - 1))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize(("route", "kind"), STORIES)
 def test_the_quantile_is_that_of_the_waits(those: dict[tuple[str, str], Chain], route: str, kind: str) -> None:
     """Of waits that were all at least WAIT_S."""
     it = those[route, kind]

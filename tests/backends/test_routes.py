@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import time
 from collections.abc import Iterator
@@ -41,7 +42,7 @@ def told(jaeger: Jaeger, tmp_path_factory: pytest.TempPathFactory) -> Iterator[T
     """All chains at once, so that they see the same traffic: that of one port."""
     port = free_port()
     with contextlib.ExitStack() as stack:
-        those = stack.enter_context(chains(tmp_path_factory.mktemp("chains"), ROUTES, list(KINDS), jaeger))
+        those = stack.enter_context(chains(tmp_path_factory.mktemp("chains"), itertools.product(ROUTES, KINDS), jaeger))
         start_agents(list(those.values()), port)
         since_unix_s = time.time()
         readers = {}
