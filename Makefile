@@ -7,8 +7,8 @@
 PYTHON ?= python3
 VENV := .venv
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
-# They compute, while the other tests mostly wait: both at once.
-VIRTUAL_MACHINES := tests/kernel/test_other_kernels.py
+# Virtual machines compute and the other tests mostly wait: half of them at a time, side by side.
+BESIDE := tests/kernel/test_other_kernels.py tests/telemetry
 AS_ROOT := $(if $(SUDO),$(SUDO) --preserve-env,)
 
 .PHONY: run test test-tempo backends bench venv lint bcc clean
@@ -19,8 +19,8 @@ run: venv
 venv: bcc $(VENV)/.installed
 
 test: bcc test-tools $(VENV)/.installed-test lint backends
-	$(AS_ROOT) sh -c '$(VENV)/bin/python -m pytest -q $(VIRTUAL_MACHINES) & machines=$$!; \
-	  $(VENV)/bin/python -m pytest --ignore $(VIRTUAL_MACHINES); rest=$$?; wait $$machines && exit $$rest'
+	$(AS_ROOT) sh -c '$(VENV)/bin/python -m pytest -q $(BESIDE) & beside=$$!; \
+	  $(VENV)/bin/python -m pytest $(addprefix --ignore ,$(BESIDE)); rest=$$?; wait $$beside && exit $$rest'
 
 lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .
@@ -30,7 +30,7 @@ lint: $(VENV)/.installed-test
 backends: $(VENV)/.installed-test
 	$(VENV)/bin/python -m tests.backends.build
 
-# Needs TEMPO=path of a Tempo binary, which no registry serves.
+# Needs TEMPO=path of a Tempo binary.
 test-tempo: bcc backends
 	$(AS_ROOT) $(VENV)/bin/python -m pytest -s tests/backends/tempo.py
 

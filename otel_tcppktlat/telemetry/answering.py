@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-LONGEST_S = 1.5  # of all connections together, beside the look-up of the name
+LONGEST_S = 1.5  # no connection begins later; the look-up of the name is not counted
 _STEP_S = 0.5
 _READ_BYTES = 256
 _BANNER_LENGTH = 40
@@ -93,7 +93,7 @@ class _Caller:
 
 
 def what_answers(host: str, port: int, expected: Speech) -> Answer:
-    """Asks in TLS, then as expected, then otherwise; takes LONGEST_S at most."""
+    """Asks in TLS, then as expected, then otherwise."""
     order: Sequence[Speech] = ("HTTP/2", "HTTP/1.1") if expected == "HTTP/2" else ("HTTP/1.1", "HTTP/2")
     caller = _Caller(host, port)
     answers: list[Answer] = []
@@ -106,6 +106,6 @@ def what_answers(host: str, port: int, expected: Speech) -> Answer:
                 return answers[-1]
     except ConnectionRefusedError:
         answers.append(Answer(trouble="refused"))
-    except OSError:
+    except (OSError, UnicodeError):  # no name of a host may be like this one
         answers.append(Answer(trouble="unreachable"))
     return next((one for one in answers if one.banner), answers[0])

@@ -53,7 +53,9 @@ class Failure:
 
     @property
     def kind(self) -> str:
-        """The same for the same trouble: without ports, times and addresses in memory."""
+        """The same for the same trouble: a receiver's own word, or a library's without ports, times and addresses."""
+        if self.code in _FROM_A_RECEIVER:
+            return str(self.code)
         return f"{self.code} " + re.sub(r"0x[0-9a-f]+|[0-9]+", "", self.detail)
 
 
@@ -78,7 +80,8 @@ class Target:
         """The address as it may be printed."""
         host = self.url.netloc.rpartition("@")[2]
         over = "gRPC" if self.protocol == "grpc" else "HTTP"
-        return f"{self.url.scheme}://{host}{self.url.path if self.protocol != 'grpc' else ''} over {over}"
+        path = re.sub(r"[^/]{20,}", "***", self.url.path) if self.protocol != "grpc" else ""  # it may hold a token
+        return f"{self.url.scheme}://{host}{path} over {over}"
 
     def without_secrets(self, text: str) -> str:
         """For whatever somebody else worded."""
@@ -281,7 +284,8 @@ def check_response(response: Any) -> None:
     """
     status, detail = response.status_code, str(response.reason or "")
     if 300 <= status < 400:
-        where = urlsplit(response.headers.get("Location", ""))._replace(query="", fragment="").geturl()
+        to = urlsplit(response.headers.get("Location", ""))
+        where = to._replace(netloc=to.netloc.rpartition("@")[2], query="", fragment="").geturl()
         detail += f", a redirect to {where}: is a login in between?"
     elif status < 300:
         if "html" not in response.headers.get("Content-Type", "").lower() or response.content.lstrip()[:1] != b"<":

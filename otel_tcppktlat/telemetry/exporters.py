@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any, Literal
-from urllib.parse import SplitResult, unquote, urlsplit
+from urllib.parse import SplitResult, quote, unquote, urlsplit
 
 from opentelemetry.sdk.metrics.export import MetricExporter
 from opentelemetry.sdk.trace.export import SpanExporter
@@ -243,7 +243,7 @@ def _secrets(signal: Signal, url: SplitResult) -> list[str]:
     pairs = (_variable("HEADERS", signal)[1] or "").split(",")
     values = [pair.partition("=")[2].strip() for pair in pairs]
     private = [*values, url.netloc.rpartition("@")[0], url.password or "", url.query]
-    return [text for one in private for text in (one, unquote(one))]
+    return [text for one in private for text in (one, unquote(one), quote(one, safe="=&%"))]
 
 
 def make_watch(signal: Signal) -> Watch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import threading
 import time
 import uuid
@@ -62,7 +63,8 @@ def _stable_instance_id(resource: Resource) -> str:
 
     Source: service.instance.id in OpenTelemetry's semantic conventions. Host id and name, as either may be a clone's.
     """
-    host = "/".join(str(resource.attributes.get(name, "")) for name in (HOST_ID, HOST_NAME))
+    names = resource.attributes.get(HOST_ID, ""), resource.attributes.get(HOST_NAME) or socket.gethostname()
+    host = "/".join(str(name) for name in names)
     return str(uuid.uuid5(_INSTANCE_NAMESPACE, host))
 
 

@@ -46,6 +46,7 @@ class Chain:
             environment = {
                 "TCPPKTLAT_SCRAPE": self.prometheus.scrape,
                 "PROMETHEUS_URL": self.prometheus.url,
+                "PROMETHEUS_WRITE_URL": f"{self.prometheus.url}/api/v1/write",
                 "JAEGER_OTLP": jaeger.otlp,
                 "TCPPKTLAT_QUEUE": str(folder / "queue"),
             }

@@ -10,7 +10,7 @@ from typing import Any
 from backends.servers import COLLECTOR_CONFIG
 
 DASHBOARD: dict[str, Any] = json.loads((COLLECTOR_CONFIG / "grafana/dashboard.json").read_text())
-_VALUES = {"__rate_interval": "2m", "__range": "2m"}
+_VALUES = {"__rate_interval": "10m", "__range": "10m"}
 
 
 def filled(text: str) -> str:

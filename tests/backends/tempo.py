@@ -1,6 +1,6 @@
 """Tempo: an exemplar in Prometheus leads to its span there. `TEMPO=path make test-tempo`; CI has no Tempo to run.
 
-No registry serves Tempo's binary or its module, so this file is not one of those that pytest collects by itself.
+Tempo is no Go module that could be built as the others are, so pytest does not collect this file by itself.
 """
 
 from __future__ import annotations

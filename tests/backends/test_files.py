@@ -146,6 +146,12 @@ def test_the_fragment_beside_a_users_configuration(tmp_path: pathlib.Path) -> No
     assert [one[2]["through"] for kind in got[1] for one in kind] == ["mine", "mine"]
 
 
+def test_the_fragment_with_busy_hosts_after_it_asks_for_the_metrics_exporter_alone() -> None:
+    with Receiver() as receiver:
+        said = validate(users(receiver, free_port()), "tcppktlat.yaml", "busy-hosts.yaml")
+    assert "your_metrics_exporter" in said and "your_traces_exporter" not in said
+
+
 def test_the_fragment_says_which_names_are_to_be_filled_in() -> None:
     with Receiver() as receiver:
         said = validate(users(receiver, free_port()), "tcppktlat.yaml")
@@ -156,7 +162,7 @@ def test_busy_hosts_keep_the_span_of_every_exemplar(tmp_path: pathlib.Path) -> N
     """Beside it, the sampler of the same Collector's other traces leaves exemplars that point to nothing."""
     sampled = {
         "receivers": {"otlp/tcppktlat": {"protocols": {"grpc": {"endpoint": "${env:TCPPKTLAT_LISTEN}"}}}},
-        "processors": {"probabilistic_sampler": {"sampling_percentage": 10}},
+        "processors": {"probabilistic_sampler": {"sampling_percentage": 50}},
         "exporters": {"otlp/sampled": {"endpoint": "${env:SAMPLED}", "tls": {"insecure": True}}},
         "service": {
             "pipelines": {
@@ -186,5 +192,8 @@ def test_busy_hosts_keep_the_span_of_every_exemplar(tmp_path: pathlib.Path) -> N
         assert len(ids) >= 10  # an exemplar an interval at least, of 3 s
         for trace_id in ids:
             eventually(lambda trace_id=trace_id: whole.span(trace_id))  # type: ignore[misc]
+        eventually(lambda: any(part.span(trace_id) for trace_id in ids))
+        agent.stop()
+        assert collector.stop() == 0  # it sends what it still has
         kept = Counter(part.span(trace_id) is not None for trace_id in ids)
-        assert kept[False] > 0
+        assert kept[True] and kept[False]

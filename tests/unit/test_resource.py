@@ -35,6 +35,15 @@ def test_another_host_is_another_instance(monkeypatch: pytest.MonkeyPatch) -> No
     assert there[SERVICE_INSTANCE_ID] != here
 
 
+def test_without_a_detector_of_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_EXPERIMENTAL_RESOURCE_DETECTORS", "otel")
+    found = []
+    for name in ("one", "another"):
+        monkeypatch.setattr(socket, "gethostname", lambda name=name: name)
+        found.append(make_resource().attributes[SERVICE_INSTANCE_ID])
+    assert found[0] != found[1]
+
+
 def test_the_users_own_instance(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(RESOURCE, f"{SERVICE_INSTANCE_ID}=mine")
     assert make_resource().attributes[SERVICE_INSTANCE_ID] == "mine"
