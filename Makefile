@@ -1,6 +1,7 @@
 # make run    a demo: the real agent, a reader that stalls, and what arrives over OTLP
 # make test   all tests, ruff and mypy
 # make backends  Prometheus, Jaeger and a Collector for the tests (make test builds them, too)
+# make kernels  the kernel tests on five kernels, in virtual machines (QUICK=1: does it load and count?)
 # make bench  what it costs, against the alternatives
 # make venv   .venv/bin/otel-tcppktlat, and bcc from the distribution
 
@@ -11,7 +12,7 @@ SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 BESIDE := tests/kernel/test_other_kernels.py tests/telemetry
 AS_ROOT := $(if $(SUDO),$(SUDO) --preserve-env,)
 
-.PHONY: run test test-tempo backends bench venv lint bcc clean
+.PHONY: run test test-tempo backends kernels bench venv lint bcc clean
 
 run: venv
 	@$(AS_ROOT) $(VENV)/bin/python -m otel_tcppktlat.demo
@@ -33,6 +34,10 @@ backends: $(VENV)/.installed-test
 # Needs TEMPO=path of a Tempo binary.
 test-tempo: bcc backends
 	$(AS_ROOT) $(VENV)/bin/python -m pytest -s tests/backends/tempo.py
+
+# KERNELS="5.10 7.x" for some of them.
+kernels: bcc $(VENV)/.installed-test
+	$(AS_ROOT) $(VENV)/bin/python -m tests.kernel $(KERNELS) $(if $(QUICK),--quick)
 
 bench: bcc $(VENV)/.installed-test
 	$(AS_ROOT) $(VENV)/bin/python -m tests.benchmarks

@@ -94,7 +94,7 @@ def run(settings: Settings) -> None:
         pipeline.start(probe)
         if settings.min_us is not None:
             listeners.append(pipeline.on_row)
-    _describe(loaded, kept_cap_bpf)
+    _describe(settings, loaded, kept_cap_bpf)
     if table:
         table.header()
     swept_s = time.monotonic()
@@ -133,9 +133,20 @@ def _account(user: str) -> pwd.struct_passwd:
     return found
 
 
-def _describe(loaded: Loaded, kept_cap_bpf: bool) -> None:
+def _describe(settings: Settings, loaded: Loaded, kept_cap_bpf: bool) -> None:
     seconds = ", ".join(f"{name} {spent:.2f} s" for name, spent in loaded.seconds.items())
     _log.debug("flavour %s, offsets from %s; %s", loaded.flavour, loaded.offsets, seconds)
     _log.debug("maps, programs, links: %s", ", ".join(loaded.descriptors))
     _log.debug("running as uid %d with %s", os.getuid(), "CAP_BPF alone" if kept_cap_bpf else "no capability")
+    lacks = [
+        what
+        for lacking, what in (
+            (loaded.offsets != "BTF", "BTF"),
+            (settings.flavour == "auto" and loaded.flavour == "raw", "what the typed flavour takes (BTF, Linux 5.11)"),
+            (kept_cap_bpf, "map look-ups without CAP_BPF (Linux 5.19)"),
+        )
+        if lacking
+    ]
+    if lacks:
+        _log.debug("this kernel lacks %s", ", ".join(lacks))
     _log.info("attached")

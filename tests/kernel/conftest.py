@@ -1,4 +1,4 @@
-"""Both flavours of the programs, each set of options compiled once; and the peer that sends any segment."""
+"""The flavours of the programs, each set of options compiled once; and the peer that sends any segment."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from collections.abc import Iterator
 import pytest
 
 from kernel.traced import Load, Traced
+from support.kernels import flavours
 from support.tun import TunPeer
 
 
-@pytest.fixture(scope="session", params=["typed", "raw"])
+@pytest.fixture(scope="session", params=flavours())
 def load(request: pytest.FixtureRequest) -> Iterator[Load]:
     loads = Load(request.param)
     yield loads

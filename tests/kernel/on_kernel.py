@@ -15,10 +15,11 @@ import struct
 import sys
 import time
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+sys.path[:0] = map(str, pathlib.Path(__file__).resolve().parents[1:3])
 
 from otel_tcppktlat import privileges  # noqa: E402
 from otel_tcppktlat.probe.probe import Probe, ProbeOptions  # noqa: E402
+from support.kernels import flavours  # noqa: E402
 
 PORT = 47718
 BOUNDS_NS = tuple(digit * 10**power for power in range(3, 10) for digit in (1, 2, 5)) + (10**10,)
@@ -115,5 +116,5 @@ def check(flavour: str) -> None:
 rows: list = []  # type: ignore[type-arg]
 
 if __name__ == "__main__":
-    for name in sys.argv[1:] or ("typed", "raw"):
+    for name in sys.argv[1:] or flavours():
         check(name)

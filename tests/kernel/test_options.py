@@ -10,12 +10,13 @@ from otel_tcppktlat.buckets import explicit_buckets, exponential_buckets
 from otel_tcppktlat.probe.layout import Event
 from otel_tcppktlat.probe.probe import Probe, ProbeOptions
 from support.agent import Pair
+from support.kernels import flavours
 
 EXPLICIT, EXPONENTIAL = explicit_buckets().bounds_ns, exponential_buckets().bounds_ns
 WAITS = 3
 
 
-@pytest.mark.parametrize("flavour", ["typed", "raw"])
+@pytest.mark.parametrize("flavour", flavours())
 @pytest.mark.parametrize(
     "options",
     [

@@ -58,6 +58,7 @@ WSCALE = 7  # the peer's window scale: its window's unit is 128 bytes
 DEFAULT_ISN = 1_000_000
 
 _CLONE_NEWNET = 0x40000000
+_SO_RCVBUFFORCE = 33  # asm-generic/socket.h
 _TUNSETIFF, _IFF_TUN, _IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
 _FIN, _SYN, _RST, _PSH, _ACK = 0x01, 0x02, 0x04, 0x08, 0x10
 _FLAG_BITS = {letter: 1 << bit for bit, letter in enumerate("FSRPAUEC")}
@@ -577,7 +578,7 @@ class TunPeer:
         Args:
             family: ipv4, ipv6, or mapped: an AF_INET6 socket that gets IPv4.
             isn: the peer's initial sequence number (32 bits).
-            rcvbuf: SO_RCVBUF of the listening socket in bytes (the kernel doubles it); None: the kernel's own sizes.
+            rcvbuf: receive buffer in bytes, also beyond net.core.rmem_max (the kernel doubles it); None: its own sizes.
             window: what the peer lets the kernel send at once, in bytes; a multiple of 128, at most 8,388,480.
             mss: the peer's maximum segment size, in bytes.
             timestamps: use TCP timestamps.
@@ -591,7 +592,7 @@ class TunPeer:
             if kind == socket.AF_INET6:
                 listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(family == "ipv6"))
             if rcvbuf is not None:
-                listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, rcvbuf)
+                listener.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, rcvbuf)
             listener.bind(("0.0.0.0" if family == "ipv4" else "::", local_port or 0))
             listener.listen()
             listener.settimeout(5)
@@ -624,7 +625,7 @@ class TunPeer:
         conversation = self._converse(family, isn, window, mss, timestamps)
         conversation.socket = self.inside(lambda: socket.socket(kind, socket.SOCK_STREAM))
         if rcvbuf is not None:
-            conversation.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, rcvbuf)
+            conversation.socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, rcvbuf)
         conversation.socket.settimeout(5)
         conversation.socket.connect((address, conversation.peer_port))
         conversation.socket.settimeout(None)

@@ -1,0 +1,112 @@
+"""python -m tests.kernel [KERNEL...] [--quick]: the kernel tests on other kernels, in virtual machines; one table.
+
+As root, from the repository's root. KERNEL is what tests/support/run_on_kernel.py takes, and may end in `+headers`:
+without BTF then, but with the kernel's headers, against which a guest takes minutes to compile: there, and with
+`--quick`, each flavour is loaded once and has to count some segments. Elsewhere all of tests/kernel and tests/agent
+runs, in a quarter of an hour a kernel. Exit status 1 if anything failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from dataclasses import dataclass
+
+from otel_tcppktlat.probe.launch import DISTRIBUTION_PYTHON
+
+HERE = pathlib.Path(__file__).parent
+RUN_ON_KERNEL = HERE.parent / "support/run_on_kernel.py"
+KERNELS = ("5.10", "5.10+headers", "6.1", "6.1+headers", "6.12", "6.18", "7.x")
+TESTS = ("tests/kernel", "tests/agent")
+NOT_IN_A_GUEST = ("tests/kernel/test_headers.py", "tests/kernel/test_other_kernels.py")  # they start guests
+GUESTS, LONGEST_S, LONGEST_TEST_S, LONGEST_START_S = 2, 5400, 900, 600
+LACKS = re.compile(r"^otel-tcppktlat: this kernel lacks (.*)$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One kernel. `passed`: tests by flavour, "" for those that have none. `failed`: lines that say what did."""
+
+    release: str
+    passed: Counter[str]
+    failed: list[str]
+    lacks: str
+
+
+def _words(quick: bool, out: pathlib.Path) -> str:
+    """The shell's commands: the tests, then the agent for a moment, which says what it misses."""
+    if quick:
+        tests = f"{DISTRIBUTION_PYTHON} {HERE / 'on_kernel.py'} >{out}/counted"
+    else:
+        ignored = " ".join(f"--ignore {one}" for one in NOT_IN_A_GUEST)
+        tests = f"{sys.executable} -m pytest -q -p no:cacheprovider -o timeout={LONGEST_TEST_S} "
+        tests += f"--junitxml={out}/junit.xml {ignored} {' '.join(TESTS)} >{out}/pytest 2>&1"
+    agent = f"timeout {LONGEST_START_S} {sys.executable} -m otel_tcppktlat -v 2>{out}/agent"
+    attached = f"while ! grep -q attached {out}/agent && kill -0 $!; do sleep 1; done; kill $!; wait $!"
+    return f"uname -r >{out}/release; {tests}; status=$?; {agent} & {attached}; exit $status"
+
+
+def _flavour(test: str) -> str:
+    parameters = re.findall(r"\w+", test.partition("[")[2])
+    return next((name for name in ("typed", "raw") if name in parameters), "")
+
+
+def _run(kernel: str, quick: bool, kept: pathlib.Path) -> Result:
+    out = kept / kernel
+    name, _, headers = kernel.partition("+")
+    options = ["--no-btf", "--headers"] if headers else []
+    command = [sys.executable, RUN_ON_KERNEL, "--smp", 1, "--memory", 2048, "--timeout", LONGEST_S, "--out", out]
+    command += [*options, name, "--", "sh", "-c", _words(quick or bool(headers), out)]
+    guest = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    passed: Counter[str] = Counter()
+    failed: list[str] = []
+    if (out / "junit.xml").exists():
+        for case in ElementTree.parse(out / "junit.xml").iter("testcase"):
+            test = case.get("name", "")
+            if any(case.find(bad) is not None for bad in ("failure", "error")):
+                failed.append(f"{case.get('classname')}::{test}")
+            elif case.find("skipped") is None:
+                passed[_flavour(test)] += 1
+    elif (out / "counted").exists():
+        passed.update(line.split(":")[0].split()[1] for line in (out / "counted").read_text().splitlines())
+    if guest.returncode and not failed:
+        failed = (guest.stderr.strip() or f"exit status {guest.returncode}").splitlines()[-5:]
+    release = (out / "release").read_text().strip() if (out / "release").exists() else "not started"
+    agent = (out / "agent").read_text() if (out / "agent").exists() else ""
+    if "attached" not in agent:
+        failed.append("the agent did not start")
+    lacks = LACKS.search(agent)
+    return Result(release, passed, failed, lacks[1] if lacks else "nothing")
+
+
+def main() -> int:
+    """Prints the table; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m tests.kernel", description=__doc__)
+    parser.add_argument("kernels", nargs="*", metavar="KERNEL", help=f"default: {' '.join(KERNELS)}")
+    parser.add_argument("--quick", action="store_true", help="load each flavour, and count some segments")
+    parser.add_argument("--keep", type=pathlib.Path, metavar="DIR", help="what the guests wrote")
+    arguments = parser.parse_args()
+    kernels = arguments.kernels or KERNELS
+    with tempfile.TemporaryDirectory() as scratch, concurrent.futures.ThreadPoolExecutor(GUESTS) as pool:
+        kept = arguments.keep or pathlib.Path(scratch)
+        results = list(pool.map(lambda kernel: _run(kernel, arguments.quick, kept), kernels))
+    print("| kernel | release | passed, typed | raw | neither's | failed | it lacks |")
+    print("|:--|:--|--:|--:|--:|--:|:--|")
+    for kernel, one in zip(kernels, results, strict=True):
+        counts = " | ".join(str(one.passed[flavour] or "-") for flavour in ("typed", "raw", ""))
+        print(f"| {kernel.replace('+', ', no BTF, ')} | {one.release} | {counts} | {len(one.failed)} | {one.lacks} |")
+    for kernel, one in zip(kernels, results, strict=True):
+        for line in one.failed:
+            print(f"{kernel}: {line}")
+    return int(any(one.failed for one in results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
