@@ -125,6 +125,13 @@ class Prometheus(Server):
         result: list[dict[str, Any]] = self._get("query", query=promql)["result"]
         return result
 
+    def over_time(self, promql: str, start_unix_s: float, end_unix_s: float, step_s: float) -> list[dict[str, Any]]:
+        """The range vector's series: `values` (or `histograms`) are pairs of a time and a value."""
+        result: list[dict[str, Any]] = self._get(
+            "query_range", query=promql, start=start_unix_s, end=end_unix_s, step=step_s
+        )["result"]
+        return result
+
     def value(self, promql: str) -> float | None:
         """The one number that a query returns; None if it returns nothing."""
         result = self.query(promql)
