@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from backends.servers import Collector, Jaeger, Prometheus
+from backends.servers import Collector, Prometheus, TraceStore
 from support.agent import Agent
+from telemetry.told import eventually
 
 AGGREGATION = "OTEL_EXPORTER_OTLP_METRICS_DEFAULT_HISTOGRAM_AGGREGATION"
 KINDS = {"explicit": "explicit_bucket_histogram", "exponential": "base2_exponential_bucket_histogram"}
@@ -27,10 +29,10 @@ class Chain:
         folder: pathlib.Path,
         route: str,
         kind: str,
-        jaeger: Jaeger,
-        more: Sequence[str] = (),
+        store: TraceStore,
+        *spans: str,
     ) -> None:
-        """`stack` ends it. `route` is one of ROUTES, `kind` one of KINDS, `more` further files of collector-config/."""
+        """`stack` ends it. `route` is one of ROUTES, `kind` one of KINDS, `spans` files of spans."""
         self.route, self.kind = route, kind
         self._stack, self._folder, self._runs = stack, folder, 0
         self.prometheus = Prometheus(folder, scrapes=route == "scrape")
@@ -40,17 +42,18 @@ class Chain:
             self._variables |= {
                 "OTEL_EXPORTER_OTLP_METRICS_PROTOCOL": "http/protobuf",
                 "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT": f"{self.prometheus.url}/api/v1/otlp/v1/metrics",
-                "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": f"http://{jaeger.otlp}",
+                "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": f"http://{store.otlp}",
             }
         else:
             environment = {
                 "TCPPKTLAT_SCRAPE": self.prometheus.scrape,
                 "PROMETHEUS_URL": self.prometheus.url,
                 "PROMETHEUS_WRITE_URL": f"{self.prometheus.url}/api/v1/write",
-                "JAEGER_OTLP": jaeger.otlp,
+                "JAEGER_OTLP": store.otlp,
+                "TEMPO_OTLP": store.otlp,
                 "TCPPKTLAT_QUEUE": str(folder / "queue"),
             }
-            files = (f"prometheus/{route}.yaml", "jaeger.yaml", *more)
+            files = (f"prometheus/{route}.yaml", *spans)
             self.collector = stack.enter_context(Collector(folder, *files, environment=environment))
             self._variables["OTEL_EXPORTER_OTLP_ENDPOINT"] = f"http://{self.collector.otlp}"
         stack.enter_context(self.prometheus)
@@ -68,16 +71,16 @@ class Chain:
             return self.prometheus.value(f"sum({HISTOGRAM}_count{SERVER})") or 0.0
         return self.prometheus.value(f"sum(histogram_count({HISTOGRAM}{SERVER}))") or 0.0
 
-    def buckets(self) -> dict[tuple[float, float], float]:
+    def buckets(self, series: str = SERVER) -> dict[tuple[float, float], float]:
         """Counts of the servers' histogram by (lower, upper) bound in seconds; empty while it is not there."""
         if self.kind == "exponential":
-            result = self.prometheus.query(HISTOGRAM + SERVER)
+            result = self.prometheus.query(f"sum({HISTOGRAM}{series})")
             return {
                 (float(lower), float(upper)): float(count)
                 for one in result
                 for _, lower, upper, count in one["histogram"][1].get("buckets", [])
             }
-        result = self.prometheus.query(f"{HISTOGRAM}_bucket{SERVER}")
+        result = self.prometheus.query(f"sum by (le) ({HISTOGRAM}_bucket{series})")
         cumulative = sorted((float(one["metric"]["le"]), float(one["value"][1])) for one in result)
         found, lower_s, before = {}, 0.0, 0.0
         for upper_s, count in cumulative:
@@ -94,16 +97,25 @@ class Chain:
 
 @contextlib.contextmanager
 def chains(
-    root: pathlib.Path, which: Iterable[tuple[str, str]], jaeger: Jaeger
+    root: pathlib.Path, which: Iterable[tuple[str, str]], store: TraceStore
 ) -> Iterator[dict[tuple[str, str], Chain]]:
-    """A chain for each pair of a route and a kind of histogram; no agent runs yet."""
+    """A chain for each pair of a route and a kind of histogram, its spans by each of the store's files in turn.
+
+    No agent runs yet.
+    """
+    spans = itertools.cycle(store.files)
     with contextlib.ExitStack() as stack:
-        yield {(route, kind): Chain(stack, root / f"{route}-{kind}", route, kind, jaeger) for route, kind in which}
+        yield {
+            (route, kind): Chain(stack, root / f"{route}-{kind}", route, kind, store, next(spans))
+            for route, kind in which
+        }
 
 
 def start_agents(those: Sequence[Chain], port: int) -> list[Agent]:
-    """Starts an agent in each, all at once, and returns when they count."""
+    """Starts an agent in each, all at once, and returns when they count, and when who shall scrape does."""
     agents = [one.start_agent(port) for one in those]
     for agent in agents:
         agent.wait_for_stderr("otel-tcppktlat: attached")
+    for one in those:  # a Prometheus finds its targets within 5 s; exemplars that were shown before would be missing
+        eventually(lambda one=one: one.route != "scrape" or one.prometheus.value("up") == 1)  # type: ignore[misc]
     return agents

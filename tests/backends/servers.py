@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import pathlib
@@ -10,7 +11,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import requests
 import yaml
@@ -21,11 +22,21 @@ AnyServer = TypeVar("AnyServer", bound="Server")
 COLLECTOR_CONFIG = pathlib.Path(__file__).parents[2] / "collector-config"
 
 
+_reserved: list[socket.socket] = []
+
+
 def free_port() -> int:
-    """A TCP port of loopback that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port that nobody else gets while this process runs, and that a server can listen on.
+
+    A socket is bound to it and never listens. The kernel then gives the port to no connection and to no other bind to
+    port 0; a server that asks for it with SO_REUSEADDR, as Go's and Python's do, may have it.
+    """
+    reservation = socket.socket(socket.AF_INET6)  # of IPv4, too
+    reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    reservation.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+    reservation.bind(("::", 0))
+    _reserved.append(reservation)
+    return int(reservation.getsockname()[1])
 
 
 class Server:
@@ -149,12 +160,63 @@ class Prometheus(Server):
         return [exemplar for series in found for exemplar in series["exemplars"]]
 
 
-class Jaeger(Server):
-    """Jaeger v2 in memory."""
+class TraceStore(Server):
+    """A back end for spans, on loopback, that takes OTLP over gRPC at the address `otlp`."""
+
+    files: ClassVar[Sequence[str]]  # of collector-config/: those whose spans are sent to it
+    path: ClassVar[str]  # of the traces that it is asked for; the id follows
+    resource_spans: ClassVar[Sequence[str]]  # where its answer has them
+
+    def __init__(self, name: str, folder: pathlib.Path) -> None:
+        self._http, self.otlp = free_port(), f"127.0.0.1:{free_port()}"
+        self.url = f"http://127.0.0.1:{self._http}"
+        folder.mkdir(parents=True, exist_ok=True)
+        command, ready = self._prepare(folder)
+        super().__init__(name, command, f"{self.url}/{ready}", folder)
+
+    def _prepare(self, folder: pathlib.Path) -> tuple[Sequence[str], str]:
+        """Writes its configuration into `folder`; returns its command line, and the path that says when it is ready."""
+        raise NotImplementedError
+
+    def span(self, trace_id: str) -> dict[str, Any] | None:
+        """A trace's only span, as OTLP JSON with a hex id and its attributes as a dictionary; None: no such trace."""
+        answer = requests.get(f"{self.url}/{self.path}/{trace_id}", headers={"Accept": "application/json"}, timeout=30)
+        if answer.status_code == 404:
+            return None
+        assert answer.ok, answer.text
+        found = answer.json()
+        for key in self.resource_spans:
+            found = found[key]
+        (resource_spans,) = found
+        ((span,),) = (scope["spans"] for scope in resource_spans["scopeSpans"])
+        attributes = {one["key"]: plain(one["value"]) for one in span["attributes"]}
+        return {**span, "spanId": hexadecimal(span["spanId"]), "attributes": attributes}
+
+
+def plain(value: Mapping[str, Any]) -> Any:
+    """An OTLP JSON AnyValue as a Python value."""
+    ((kind, content),) = value.items()
+    return int(content) if kind == "intValue" else content
+
+
+def hexadecimal(span_id: str) -> str:
+    """A span's id, which OTLP JSON has in hex, and plain protobuf JSON in base64."""
+    return span_id if len(span_id) == 16 else base64.b64decode(span_id).hex()
+
+
+class Jaeger(TraceStore):
+    """Jaeger v2 in memory.
+
+    Source: its api_v3 `GET /api/v3/traces/{trace_id}`.
+    """
+
+    files = ("jaeger.yaml", "tempo.yaml")  # its OTLP stands in for that of a Tempo
+    path, resource_spans = "api/v3/traces", ("result", "resourceSpans")
 
     def __init__(self, folder: pathlib.Path) -> None:
-        http, self.otlp = free_port(), f"127.0.0.1:{free_port()}"
-        self.url = f"http://127.0.0.1:{http}"
+        super().__init__("jaeger", folder)
+
+    def _prepare(self, folder: pathlib.Path) -> tuple[Sequence[str], str]:
         configuration = {
             "service": {
                 "extensions": ["jaeger_storage", "jaeger_query"],
@@ -164,7 +226,7 @@ class Jaeger(Server):
             "extensions": {
                 "jaeger_query": {
                     "storage": {"traces": "memory"},
-                    "http": {"endpoint": f"127.0.0.1:{http}"},
+                    "http": {"endpoint": f"127.0.0.1:{self._http}"},
                     "grpc": {"endpoint": f"127.0.0.1:{free_port()}"},
                 },
                 "jaeger_storage": {"backends": {"memory": {"memory": {"max_traces": 100_000}}}},
@@ -172,28 +234,8 @@ class Jaeger(Server):
             "receivers": {"otlp": {"protocols": {"grpc": {"endpoint": self.otlp}}}},
             "exporters": {"jaeger_storage_exporter": {"trace_storage": "memory"}},
         }
-        folder.mkdir(parents=True, exist_ok=True)
         (folder / "jaeger.yaml").write_text(yaml.safe_dump(configuration))
-        super().__init__("jaeger", [str(JAEGER.binary), "--config=jaeger.yaml"], f"{self.url}/api/services", folder)
-
-    def span(self, trace_id: str) -> dict[str, Any] | None:
-        """The only span of a trace, as OTLP JSON with its attributes as a dictionary; None if there is no such trace.
-
-        Source: Jaeger's api_v3 `GET /api/v3/traces/{trace_id}`.
-        """
-        answer = requests.get(f"{self.url}/api/v3/traces/{trace_id}", timeout=30)
-        if answer.status_code == 404:
-            return None
-        assert answer.ok, answer.text
-        (resource_spans,) = answer.json()["result"]["resourceSpans"]
-        ((span,),) = (scope["spans"] for scope in resource_spans["scopeSpans"])
-        return {**span, "attributes": {one["key"]: plain(one["value"]) for one in span["attributes"]}}
-
-
-def plain(value: Mapping[str, Any]) -> Any:
-    """An OTLP JSON AnyValue as a Python value."""
-    ((kind, content),) = value.items()
-    return int(content) if kind == "intValue" else content
+        return [str(JAEGER.binary), "--config=jaeger.yaml"], "api/services"
 
 
 class Collector(Server):

@@ -1,4 +1,4 @@
-"""A process that reads late, as told: its name is argv[1] in hexadecimal, its port argv[2].
+"""A process that reads late, as told: its name is argv[1] in hexadecimal, its address argv[2], its port argv[3].
 
 It prints its port. For each line on stdin, seconds, it lets what arrives next wait so long, reads it, and prints how
 much that was.
@@ -16,7 +16,8 @@ PR_SET_NAME = 15
 
 def main() -> None:
     ctypes.CDLL(None).prctl(PR_SET_NAME, bytes.fromhex(sys.argv[1]))
-    with socket.create_server(("127.0.0.1", int(sys.argv[2]))) as server:
+    host, port = sys.argv[2], int(sys.argv[3])
+    with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as server:
         print(server.getsockname()[1], flush=True)
         connection, _ = server.accept()
     for line in sys.stdin:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from backends.chain import HISTOGRAM, SERVER, STRAIGHT, Chain, chains, start_agents
-from backends.servers import Jaeger, free_port
+from backends.servers import Jaeger, TraceStore, free_port
 from backends.traffic import SlowReader
 from telemetry.told import eventually
 
@@ -28,10 +28,10 @@ BEFORE, AFTER, OUTAGE_S = (0.03, 0.03), (0.03,), 0.12
 
 
 @pytest.fixture(scope="module")
-def those(jaeger: Jaeger, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tuple[str, str], Chain]]:
+def those(store: TraceStore, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tuple[str, str], Chain]]:
     """Every route, through the same story: the reader is replaced by a second process, then the agent restarts."""
     port = free_port()
-    with chains(tmp_path_factory.mktemp("chains"), STORIES, jaeger) as it:
+    with chains(tmp_path_factory.mktemp("chains"), STORIES, store) as it:
         agents = start_agents(list(it.values()), port)
         sent = 0
         for number in (FIRST - BACK, BACK):  # two processes, one after the other
@@ -101,7 +101,7 @@ def test_a_collector_that_restarts_with_a_persistent_queue_loses_nothing(tmp_pat
     port = free_port()
     with contextlib.ExitStack() as stack:
         jaeger = stack.enter_context(Jaeger(tmp_path / "jaeger"))
-        it = Chain(stack, tmp_path / "chain", "otlp", "explicit", jaeger, ["persistent-queue.yaml"])
+        it = Chain(stack, tmp_path / "chain", "otlp", "explicit", jaeger, "jaeger.yaml", "persistent-queue.yaml")
         start_agents([it], port)
         reader = stack.enter_context(SlowReader(b"reader", port))
         since_unix_s = time.time()

@@ -1,10 +1,11 @@
-"""Every route into Prometheus: each slow bucket has an exemplar there, whose trace and span are in Jaeger."""
+"""Every route into Prometheus: each slow bucket has an exemplar there, whose trace and span are in the trace store."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
 import math
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,17 +15,18 @@ import pytest
 
 from backends import dashboard
 from backends.chain import KINDS, ROUTES, Chain, chains, start_agents
-from backends.servers import Jaeger, free_port
+from backends.servers import TraceStore, free_port
 from backends.traffic import LENGTH, SlowReader
 from telemetry.told import eventually
 
-# Who waits how long. The last two names are the longest that a comm of 15 bytes can become: no UTF-8, and what PromQL
-# and JSON have to quote. All read the same port, so each wait is in a bucket of its own.
+# Who waits how long, over which protocol. The last two names are the longest that a comm of 15 bytes can become: no
+# UTF-8, and what PromQL and JSON have to quote. All read the same port, so each wait is in a bucket of its own.
 SLOW_S = {
-    b"slow-reader": (0.03, 0.06, 0.12, 0.25),
-    b"\xff" * 15: (0.6,),
-    b'"\\\n{}\t,=\x01 \x7f\xc3\xa9\xe2\x82': (1.2,),
+    (b"slow-reader", "127.0.0.1"): (0.03, 0.06, 0.12, 0.25),
+    (b"\xff" * 15, "::1"): (0.6,),
+    (b'"\\\n{}\t,=\x01 \x7f\xc3\xa9\xe2\x82', "127.0.0.1"): (1.2,),
 }
+COMMS = {comm for comm, _ in SLOW_S}
 SENT = sum(len(waits_s) + 1 for waits_s in SLOW_S.values())
 
 
@@ -38,16 +40,16 @@ class Told:
 
 
 @pytest.fixture(scope="module")
-def told(jaeger: Jaeger, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Told]:
+def told(store: TraceStore, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Told]:
     """All chains at once, so that they see the same traffic: that of one port."""
     port = free_port()
     with contextlib.ExitStack() as stack:
-        those = stack.enter_context(chains(tmp_path_factory.mktemp("chains"), itertools.product(ROUTES, KINDS), jaeger))
+        those = stack.enter_context(chains(tmp_path_factory.mktemp("chains"), itertools.product(ROUTES, KINDS), store))
         start_agents(list(those.values()), port)
         since_unix_s = time.time()
         readers = {}
-        for comm, waits_s in SLOW_S.items():
-            reader = stack.enter_context(SlowReader(comm, port))
+        for (comm, host), waits_s in SLOW_S.items():
+            reader = stack.enter_context(SlowReader(comm, port, host))
             reader.wait(0, *waits_s)
             readers[reader.pid] = reader
         yield Told(those, readers, since_unix_s)
@@ -63,35 +65,54 @@ def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def test_every_slow_bucket_leads_to_its_span(told: Told, jaeger: Jaeger, route: str, kind: str) -> None:
+def test_every_slow_bucket_leads_to_its_span(told: Told, store: TraceStore, route: str, kind: str) -> None:
     it = told.chains[route, kind]
-    eventually(lambda: sum(it.buckets().values()) == SENT)
-    buckets = it.buckets()
-    eventually(lambda: len(it.exemplars(told.since_unix_s)) >= len(buckets))
-    exemplars = it.exemplars(told.since_unix_s)
+    exemplars = exemplars_of_all_buckets(told, it)
     longest_s: dict[bytes, float] = {}
     for exemplar in exemplars:
-        comm, length_s = check_span(jaeger, told.readers, exemplar)
+        comm, length_s = check_span(store, told.readers, exemplar)
         longest_s[comm] = max(length_s, longest_s.get(comm, 0.0))
-    for lower_s, upper_s in buckets:
-        assert any(lower_s < float(exemplar["value"]) <= upper_s for exemplar in exemplars), (lower_s, upper_s)
-    for comm, waits_s in SLOW_S.items():
-        assert longest_s[comm] >= waits_s[-1]
+    for (comm, host), waits_s in SLOW_S.items():
+        if all_kept(it) or ":" not in host:
+            assert longest_s[comm] >= waits_s[-1]
 
 
-def check_span(jaeger: Jaeger, readers: dict[int, SlowReader], exemplar: dict[str, Any]) -> tuple[bytes, float]:
-    """The exemplar's trace is in Jaeger, and its span says who let it wait, where, and for how long."""
+def all_kept(it: Chain) -> bool:
+    """Not where Prometheus scrapes several exponential histograms: the exemplars of all but the first may be missing.
+
+    It reads a histogram's from the position where it stopped in the one before (seen in 3.16: model/textparse's
+    ProtobufParser.Next() leaves exemplarPos as it is between two native histograms of a family).
+    """
+    return (it.route, it.kind) != ("scrape", "exponential")
+
+
+def exemplars_of_all_buckets(told: Told, it: Chain) -> list[dict[str, Any]]:
+    """Waits until all has arrived and every bucket has an exemplar; returns them."""
+    eventually(lambda: sum(it.buckets().values()) == SENT)
+    buckets = it.buckets() if all_kept(it) else it.buckets('{tcppktlat_role="server", network_type="ipv4"}')
+
+    def without_one() -> list[tuple[float, float]]:
+        values_s = [float(one["value"]) for one in it.exemplars(told.since_unix_s)]
+        return [edges_s for edges_s in buckets if not any(edges_s[0] < one <= edges_s[1] for one in values_s)]
+
+    eventually(lambda: not without_one())
+    return it.exemplars(told.since_unix_s)
+
+
+def check_span(store: TraceStore, readers: dict[int, SlowReader], exemplar: dict[str, Any]) -> tuple[bytes, float]:
+    """The exemplar's trace is in the store, and its span says who let it wait, where, and for how long."""
     labels = exemplar["labels"]
-    eventually(lambda: jaeger.span(labels["trace_id"]))
-    span = jaeger.span(labels["trace_id"])
+    eventually(lambda: store.span(labels["trace_id"]))
+    span = store.span(labels["trace_id"])
     assert span and span["name"] == "tcp receive"
     assert span["spanId"] == labels["span_id"]
     said = span["attributes"]
     reader = readers[said["process.pid"]]
     assert said["thread.id"] == reader.pid
     assert said["thread.name"] == reader.comm.decode(errors="replace")
-    assert (said["network.local.address"], said["network.local.port"]) == ("127.0.0.1", reader.port)
-    assert (said["network.peer.address"], said["network.peer.port"]) == ("127.0.0.1", reader.sender_port)
+    assert said["network.type"] == ("ipv6" if ":" in reader.host else "ipv4")
+    assert (said["network.local.address"], said["network.local.port"]) == (reader.host, reader.port)
+    assert (said["network.peer.address"], said["network.peer.port"]) == (reader.host, reader.sender_port)
     assert (said["tcppktlat.segments"], said["tcppktlat.bytes"]) == (1, LENGTH)
     length_ns = int(span["endTimeUnixNano"]) - int(span["startTimeUnixNano"])
     assert length_ns == round(float(exemplar["value"]) * 1e9)
@@ -100,10 +121,8 @@ def check_span(jaeger: Jaeger, readers: dict[int, SlowReader], exemplar: dict[st
 
 def test_pid_thread_and_name_are_on_the_exemplar_where_a_route_keeps_any(told: Told, route: str, kind: str) -> None:
     it = told.chains[route, kind]
-    eventually(lambda: sum(it.buckets().values()) == SENT)
-    eventually(lambda: len(it.exemplars(told.since_unix_s)) >= len(it.buckets()))
     seen = set()
-    for exemplar in it.exemplars(told.since_unix_s):
+    for exemplar in exemplars_of_all_buckets(told, it):
         kept = {name.replace(".", "_"): value for name, value in exemplar["labels"].items()}
         if route == "scrape":  # the Collector's Prometheus exporter writes ids only
             assert set(kept) == {"trace_id", "span_id"}
@@ -112,7 +131,19 @@ def test_pid_thread_and_name_are_on_the_exemplar_where_a_route_keeps_any(told: T
         assert kept["thread_id"] == str(reader.pid)
         assert kept["thread_name"] == reader.comm.decode(errors="replace")
         seen.add(reader.comm)
-    assert route == "scrape" or seen == set(SLOW_S)
+    assert route == "scrape" or seen == COMMS
+
+
+def test_grafana_links_by_a_label_that_the_exemplars_have(told: Told, route: str, kind: str) -> None:
+    """And to data sources that exist."""
+    (prometheus,) = (one for one in dashboard.DATA_SOURCES if one["type"] == "prometheus")
+    stores = {one["uid"] for one in dashboard.DATA_SOURCES if one["type"] in ("tempo", "jaeger")}
+    it = told.chains[route, kind]
+    eventually(lambda: it.exemplars(told.since_unix_s))
+    for destination in prometheus["jsonData"]["exemplarTraceIdDestinations"]:
+        assert destination["datasourceUid"] in stores
+        ids = [one["labels"][destination["name"]] for one in it.exemplars(told.since_unix_s)]
+        assert all(re.fullmatch("[0-9a-f]{32}", one) for one in ids)
 
 
 def test_every_query_of_the_dashboard_returns_data(told: Told, route: str, kind: str) -> None:

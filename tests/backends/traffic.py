@@ -13,12 +13,12 @@ LENGTH = 100
 class SlowReader:
     """The process and a connection to it; a context manager. Its comm may be any bytes, 15 at most."""
 
-    def __init__(self, comm: bytes, port: int) -> None:
+    def __init__(self, comm: bytes, port: int, host: str = "127.0.0.1") -> None:
         script = pathlib.Path(__file__).with_name("slow_reader.py")
-        command = [sys.executable, str(script), comm.hex(), str(port)]
+        command = [sys.executable, str(script), comm.hex(), host, str(port)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.comm, self.port, self.pid = comm, self._answer(), self._process.pid
-        self._sender = socket.create_connection(("127.0.0.1", self.port))
+        self.comm, self.host, self.port, self.pid = comm, host, self._answer(), self._process.pid
+        self._sender = socket.create_connection((host, self.port))
         self._sender.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.sender_port = int(self._sender.getsockname()[1])
 
