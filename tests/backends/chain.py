@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import pathlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from backends.servers import Collector, Prometheus, TraceStore
@@ -58,12 +58,14 @@ class Chain:
             self._variables["OTEL_EXPORTER_OTLP_ENDPOINT"] = f"http://{self.collector.otlp}"
         stack.enter_context(self.prometheus)
 
-    def start_agent(self, port: int) -> Agent:
-        """Starts an agent that sees one port, with the same settings each time; it may not yet be attached."""
+    def start_agent(self, port: int, variables: Mapping[str, str] | None = None) -> Agent:
+        """Starts an agent that sees one port; it may not yet be attached. `variables` are set beside the chain's."""
         self._runs += 1
         folder = self._folder / f"agent-{self._runs}"
         folder.mkdir()
-        return self._stack.enter_context(Agent(folder, ["-v", "-l", str(port)], self._variables))
+        return self._stack.enter_context(
+            Agent(folder, ["-v", "-l", str(port)], {**self._variables, **(variables or {})})
+        )
 
     def count(self) -> float:
         """Observations of the servers' histogram, as Prometheus has them now."""
@@ -111,9 +113,9 @@ def chains(
         }
 
 
-def start_agents(those: Sequence[Chain], port: int) -> list[Agent]:
+def start_agents(those: Sequence[Chain], port: int, variables: Mapping[str, str] | None = None) -> list[Agent]:
     """Starts an agent in each, all at once, and returns when they count, and when who shall scrape does."""
-    agents = [one.start_agent(port) for one in those]
+    agents = [one.start_agent(port, variables) for one in those]
     for agent in agents:
         agent.wait_for_stderr("otel-tcppktlat: attached")
     for one in those:  # a Prometheus finds its targets within 5 s; exemplars that were shown before would be missing
