@@ -61,7 +61,12 @@ struct span_of_bytes { u32 start, end; }; /* [start, end) in sequence numbers */
 static inline u32 load_u32(void *base, int offset) { return *(volatile u32 *)((char *)base + offset); }
 static inline u16 load_u16(void *base, int offset) { return *(volatile u16 *)((char *)base + offset); }
 static inline u8 load_u8(void *base, int offset) { return *(volatile u8 *)((char *)base + offset); }
+#ifdef RDONLY_CAST /* the kfunc bpf_rdonly_cast(), from 6.2: the verifier makes a move of it, so it costs no call */
+static void *(*rdonly_cast)(void *pointer, u32 type_id) = (void *)RDONLY_CAST; /* the loader puts the kfunc in its place */
+static inline void *tcp_sock_of(void *sk) { return rdonly_cast(sk, TCP_SOCK_ID); }
+#else
 static inline void *tcp_sock_of(void *sk) { return bpf_skc_to_tcp_sock(sk); }
+#endif
 static inline struct span_of_bytes data_of(void *skb) {
   u32 flags = load_u32(skb, OFF_sk_buff_cb + OFF_tcp_skb_cb_tcp_flags);
   struct span_of_bytes data = {.start = load_u32(skb, OFF_sk_buff_cb + OFF_tcp_skb_cb_seq)};

@@ -122,10 +122,16 @@ static inline void process_gone(struct process_key process) {
   if (b) ADD(b->processes_gone, 1);
 }
 
-/* The side of the interval that a time belongs to. User space sets the beginning of the next one ahead. */
-static inline u32 side_at(u64 now_ns) {
+/* When the interval began, its side in the lowest bit. User space sets the beginning of the next one ahead. */
+static inline u64 interval_began_ns(void) {
   int zero = 0;
-  u64 *began = interval.lookup(&zero), began_ns = began ? *(volatile u64 *)began : 0;
+  u64 *began = interval.lookup(&zero);
+  return began ? *(volatile u64 *)began : 0;
+}
+
+/* The side of the interval that a time belongs to. */
+static inline u32 side_at(u64 now_ns) {
+  u64 began_ns = interval_began_ns();
   return (began_ns ^ is_less(now_ns, began_ns)) & 1;
 }
 

@@ -127,34 +127,31 @@ int renew(u64 *ctx) {
   return 0;
 }
 
-/* tcp_rcv_space_adjust: the reader that is known, on a socket with nothing but whole segments in its ring. */
+/* tcp_rcv_space_adjust: the reader that is known, on a socket with nothing but whole segments in its ring.
+ *
+ * All that does not need the time comes before the clock: reading it waits for the loads that are under way. */
 int adjust(u64 *ctx) {
   void *sk = (void *)ctx[0];
   void *tp = tcp_sock_of(sk);
   if (!tp || port_filtered(sk, tp)) return 0;
   u32 copied = load_u32(tp, OFF_tcp_sock_copied_seq);
   struct queue *q = queue_of(sk);
-  if (unlikely(!q || q->cold || q->last_end - copied > MAX_WINDOW)) {
-    adjust_tails.call(ctx, TAIL_ADJUST_SLOW);
-    return 0;
-  }
-  if (!q->n || after(q->e[q->head & (INLINE - 1)].end, copied)) return 0; /* a peek, or part of a segment */
+  if (unlikely(!q || q->cold || q->last_end - copied > MAX_WINDOW)) goto slow;
+  u32 head = q->head & (INLINE - 1), n = q->n;
+  struct entry *e = &q->e[head];
+  if (!n || after(e->end, copied)) return 0; /* a peek, or part of a segment */
   u64 pid_tgid = bpf_get_current_pid_tgid();
   u32 *epoch = epoch_of(pid_tgid >> 32);
-  if (unlikely(q->reader != READER(pid_tgid) || !epoch || q->epoch != *epoch)) {
-    adjust_tails.call(ctx, TAIL_ADJUST_SLOW);
-    return 0;
-  }
+  if (unlikely(q->reader != READER(pid_tgid) || !epoch || q->epoch != *epoch)) goto slow;
   struct books *b = books_of_cpu();
-  u64 now_ns = bpf_ktime_get_ns(), longest_ns = now_ns - q->e[q->head & (INLINE - 1)].at_ns; /* the oldest comes first */
-  u32 side = side_at(now_ns), segments = 0, bytes = 0, firsts = 0;
   if (!b) return 0;
+  u64 began_ns = interval_began_ns();
+  u32 side = began_ns & 1, segments = 0, bytes = 0, firsts = 0;
   struct histogram *h = histogram_of(b, side, q->series);
+  u64 now_ns = bpf_ktime_get_ns(), longest_ns = now_ns - e->at_ns, sum_ns = 0; /* the oldest comes first */
+  if (unlikely(is_less(now_ns, began_ns))) h = histogram_of(b, side ^= 1, q->series);
   if (!h) return 0;
-  u64 sum_ns = 0;
   for (u32 i = 0; i < INLINE; i++) { KEEP(i);
-    struct entry *e = &q->e[(q->head + i) & (INLINE - 1)];
-    if (i >= q->n || after(e->end, copied)) break;
     u64 wait_ns = now_ns - e->at_ns;
     u32 bucket = bucket_near(q, wait_ns);
     if (EXEMPLARS && unlikely(!h->bucket[bucket])) firsts |= note_first(now_ns, bucket, wait_ns);
@@ -162,9 +159,11 @@ int adjust(u64 *ctx) {
     sum_ns += wait_ns;
     bytes += e->length;
     segments++;
+    e = &q->e[(head + segments) & (INLINE - 1)];
+    if (segments >= n || after(e->end, copied)) break;
   }
-  q->head += segments;
-  q->n -= segments;
+  q->head = segments == n ? 0 : head + segments; /* empty, it begins anew: always the same cache lines */
+  q->n = n - segments;
   OBSERVE(h->sum_ns, sum_ns);
   COUNT(b->observed, segments);
   if (firsts || (ROWS && longest_ns >= MIN_NS)) {
@@ -176,6 +175,9 @@ int adjust(u64 *ctx) {
     q->firsts = firsts;
     adjust_tails.call(ctx, TAIL_EMIT);
   }
+  return 0;
+slow:
+  adjust_tails.call(ctx, TAIL_ADJUST_SLOW);
   return 0;
 }
 

@@ -21,7 +21,8 @@ from otel_tcppktlat.probe.layout import Event
 from otel_tcppktlat.probe.probe import Delta, Harvest, Probe, ProbeOptions
 from support.tun import Conversation, TunPeer
 
-PORT = 47717  # the probes see this local port only, so that nothing else on the machine gets into their books
+# The probes see this local port only: neither other traffic of the machine nor a second run gets into their books.
+PORT = 20_000 + os.getpid() % 10_000
 BOUNDS_NS = tuple(digit * 10**power for power in range(3, 10) for digit in (1, 2, 5)) + (10**10,)
 MS, SECOND = 1_000_000, 1_000_000_000
 

@@ -19,7 +19,7 @@ import time
 from typing import Any, Optional
 
 from .btf import Btf, MissingField, as_flags, offsets_from_btf, offsets_from_headers
-from .program import LoadError, Programs, read_source
+from .program import LoadError, Programs, kfunc_flags, read_source
 from .shim import write_tree
 
 MAPS = (
@@ -145,6 +145,8 @@ def load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
     flags = [f"-D{name}" if value is None else f"-D{name}={value}" for name, value in request["defines"].items()]
     flags.append(f"-DSELF_INTERRUPTING={int(_kernel_version() < (6, 1))}")
     flags += [f"-DTYPED={int(flavour == 'typed')}", *as_flags(offsets)]
+    if btf and flavour == "typed":
+        flags += kfunc_flags(btf)
     events_fd = _create_ring_buffer(libbpf, request["defines"]["RING_BYTES"])
     flags.append(f"-DEVENTS_FD={events_fd}")
     text = read_source(pathlib.Path(request["bpf"]))

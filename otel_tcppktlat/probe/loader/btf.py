@@ -10,7 +10,7 @@ Field = tuple[str, str]
 Compile = Callable[[str, "list[str]"], Any]  # source and flags to a bcc.BPF
 
 VMLINUX_BTF = "/sys/kernel/btf/vmlinux"
-KIND_STRUCT, KIND_UNION, KIND_TYPEDEF = 4, 5, 8
+KIND_STRUCT, KIND_UNION, KIND_TYPEDEF, KIND_FUNC = 4, 5, 8, 12
 
 # The fields that the programs read, as (struct, member); OPTIONAL ones depend on the kernel's configuration.
 FIELDS: tuple[Field, ...] = (
@@ -78,15 +78,27 @@ class Btf:
 
     def tracepoint_id(self, name: str) -> int:
         """The BTF id that a program of the tracepoint is attached to; MissingField if the kernel has no such one."""
-        number = int(self._lib.btf__find_by_name_kind(self._btf, f"btf_trace_{name}".encode(), KIND_TYPEDEF))
-        if number < 0:
+        number = self._id(f"btf_trace_{name}", KIND_TYPEDEF)
+        if number is None:
             raise MissingField(f"tracepoint {name}")
         return number
 
+    def struct_id(self, name: str) -> Optional[int]:
+        """The BTF id of a structure, or None."""
+        return self._id(name, KIND_STRUCT)
+
+    def function_id(self, name: str) -> Optional[int]:
+        """The BTF id of a kernel function, or None."""
+        return self._id(name, KIND_FUNC)
+
+    def _id(self, name: str, kind: int) -> Optional[int]:
+        number = int(self._lib.btf__find_by_name_kind(self._btf, name.encode(), kind))
+        return number if number >= 0 else None
+
     def offset(self, struct: str, member: str) -> int:
         """Byte offset of a member, also of one inside an anonymous struct or union; MissingField if there is none."""
-        type_id = self._lib.btf__find_by_name_kind(self._btf, struct.encode(), KIND_STRUCT)
-        bits = self._find(type_id, member.encode(), 0) if type_id >= 0 else None
+        type_id = self.struct_id(struct)
+        bits = self._find(type_id, member.encode(), 0) if type_id is not None else None
         if bits is None:
             raise MissingField(f"struct {struct}.{member}")
         return bits // 8

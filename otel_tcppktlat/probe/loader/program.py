@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes as ct
 import os
 import pathlib
+import struct
 from dataclasses import dataclass
 from typing import Any, Optional
 
@@ -42,6 +43,8 @@ HOOKS = (
 ATTACHED = ("process_exec", "process_exit", "destroy", "adjust", "probe")  # arrivals last: nothing is half seen
 
 PROG_TYPE_TRACING, ATTACH_TRACE_RAW_TP = 26, 23
+OPCODE_CALL, PSEUDO_KFUNC_CALL = 0x85, 2
+RDONLY_CAST = 0x7FFF0000  # a helper that no kernel has: bcc cannot call kfuncs, but it can call this
 
 
 class LoadError(Exception):
@@ -65,6 +68,24 @@ class _LoadOptions(ct.Structure):
 def read_source(folder: pathlib.Path) -> str:
     """The programs as one text: bcc rewrites map accesses in a main file only."""
     return "".join(f'#line 1 "{name}"\n{(folder / name).read_text()}' for name in SOURCES)
+
+
+def kfunc_flags(btf: Btf) -> list[str]:
+    """The compiler's flags for the kfuncs that this kernel has (Documentation/bpf/kfuncs.rst)."""
+    if btf.function_id("bpf_rdonly_cast") is None:
+        return []
+    return [f"-DRDONLY_CAST={RDONLY_CAST}", f"-DTCP_SOCK_ID={btf.struct_id('tcp_sock')}"]
+
+
+def with_kfuncs(code: bytes, btf: Btf) -> bytes:
+    """Bytecode whose calls of RDONLY_CAST are calls of the kfunc."""
+    function_id = btf.function_id("bpf_rdonly_cast")
+    changed = bytearray(code)
+    for at in range(0, len(code), 8):  # struct bpf_insn: opcode, registers, offset, immediate
+        if code[at] == OPCODE_CALL and code[at + 4 : at + 8] == RDONLY_CAST.to_bytes(4, "little"):
+            assert function_id is not None
+            changed[at : at + 8] = struct.pack("<BBhI", OPCODE_CALL, PSEUDO_KFUNC_CALL << 4, 0, function_id)
+    return bytes(changed)
 
 
 class Programs:
@@ -105,7 +126,7 @@ class Programs:
             raise LoadError(f"the kernel refused program {hook.function}: {error}") from error
 
     def _load_typed(self, hook: Hook, btf: Btf) -> int:
-        code: bytes = self._bpf.dump_func(hook.function)
+        code = with_kfuncs(self._bpf.dump_func(hook.function), btf)
         options = _LoadOptions(
             sz=ct.sizeof(_LoadOptions),
             expected_attach_type=ATTACH_TRACE_RAW_TP,
