@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from . import privileges
+from . import landlock, privileges
 from .probe.launch import Loaded
 from .probe.layout import Event
 from .probe.probe import Probe, ProbeOptions
@@ -73,6 +73,7 @@ def run(settings: Settings) -> None:
     probe = Probe(_probe_options(settings), on_row)
     try:
         privileges.no_new_privileges()
+        landlock_abi = landlock.forbid_writing()  # here, as making the exporters starts threads
         pipeline = None
         if settings.export:
             from . import preload  # noqa: F401
@@ -94,7 +95,7 @@ def run(settings: Settings) -> None:
         pipeline.start(probe)
         if settings.min_us is not None:
             listeners.append(pipeline.on_row)
-    _describe(settings, loaded, kept_cap_bpf)
+    _describe(settings, loaded, kept_cap_bpf, landlock_abi)
     if table:
         table.header()
     swept_s = time.monotonic()
@@ -133,7 +134,7 @@ def _account(user: str) -> pwd.struct_passwd:
     return found
 
 
-def _describe(settings: Settings, loaded: Loaded, kept_cap_bpf: bool) -> None:
+def _describe(settings: Settings, loaded: Loaded, kept_cap_bpf: bool, landlock_abi: int) -> None:
     seconds = ", ".join(f"{name} {spent:.2f} s" for name, spent in loaded.seconds.items())
     _log.debug("flavour %s, offsets from %s; %s", loaded.flavour, loaded.offsets, seconds)
     _log.debug("maps, programs, links: %s", ", ".join(loaded.descriptors))
@@ -144,6 +145,7 @@ def _describe(settings: Settings, loaded: Loaded, kept_cap_bpf: bool) -> None:
             (loaded.offsets != "BTF", "BTF"),
             (settings.flavour == "auto" and loaded.flavour == "raw", "what the typed flavour takes (BTF, Linux 5.11)"),
             (kept_cap_bpf, "map look-ups without CAP_BPF (Linux 5.19)"),
+            (landlock_abi < landlock.NEEDED_ABI, "a Landlock that forbids all writing to files (Linux 6.2)"),
         )
         if lacking
     ]

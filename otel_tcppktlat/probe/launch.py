@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import ProbeError
+from .loader import START
 
 DISTRIBUTION_PYTHON = "/usr/bin/python3"  # where the distribution's bcc lives
 _PACKAGE_PARENT = pathlib.Path(__file__).resolve().parents[2]
-# Appended, not prepended: the interpreter's own packages go first, bcc among them.
-_START = "import sys; sys.path.append(sys.argv.pop(1)); from otel_tcppktlat.probe.loader.__main__ import main; main()"
 _MAX_DESCRIPTORS = 64
 
 _log = logging.getLogger(__name__)
@@ -47,22 +46,18 @@ class Loader:
 
     def __init__(self, request: dict[str, Any], pythons: tuple[str, ...] = ()) -> None:
         """Starts it. `pythons`: interpreters to try until one has bcc (default: the distribution's, ours)."""
-        self._request = {"bpf": str(bpf_folder()), **request}
         candidates = pythons or (DISTRIBUTION_PYTHON, sys.executable)
-        self._pythons = [python for python in dict.fromkeys(candidates) if os.access(python, os.X_OK)]
-        if not self._pythons:
+        usable = [python for python in dict.fromkeys(candidates) if os.access(python, os.X_OK)]
+        if not usable:
             raise ProbeError(
                 f"there is no Python to run the loader with: install {DISTRIBUTION_PYTHON} and python3-bpfcc"
             )
-        self._start()
-
-    def _start(self) -> None:
         self._channel, theirs = socket.socketpair()
         # A file, not a pipe: a verifier's log is larger than a pipe that nobody reads yet.
         self._stderr = tempfile.TemporaryFile()
         with theirs:
             self._child = subprocess.Popen(
-                [self._pythons.pop(0), "-I", "-c", _START, str(_PACKAGE_PARENT), str(theirs.fileno())],
+                [usable[0], "-I", "-c", START, str(_PACKAGE_PARENT), str(theirs.fileno()), *usable[1:]],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -70,7 +65,7 @@ class Loader:
                 cwd="/",  # bcc changes to it and back, and this one may be out of the user's reach
                 start_new_session=True,  # Ctrl-C is for the agent, which then ends the loader
             )
-        self._channel.sendall(json.dumps(self._request).encode() + b"\n")
+        self._channel.sendall(json.dumps({"bpf": str(bpf_folder()), **request}).encode() + b"\n")
 
     def _receive(self) -> tuple[dict[str, Any], list[int], str]:
         text = b""
@@ -97,13 +92,8 @@ class Loader:
 
     def finish(self) -> Loaded:
         """Waits for the loader to end. Raises ProbeError with its reason."""
-        while True:
-            answer, descriptors, stderr = self._receive()
-            if "error" not in answer:
-                break
-            if answer.get("missing_bcc") and self._pythons:
-                self._start()
-                continue
+        answer, descriptors, stderr = self._receive()
+        if "error" in answer:
             _log.debug("the loader said: %s", stderr.strip())
             raise ProbeError(answer["error"].splitlines()[0])
         return Loaded(

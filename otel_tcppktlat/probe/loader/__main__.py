@@ -18,6 +18,7 @@ import tempfile
 import time
 from typing import Any, Optional
 
+from . import START
 from .btf import Btf, MissingField, as_flags, offsets_from_btf, offsets_from_headers
 from .program import LoadError, Programs, kfunc_flags, read_source
 from .shim import write_tree
@@ -31,27 +32,20 @@ OLDEST_KERNEL = (5, 10)
 MAP_TYPE_RINGBUF = 27
 BOUNDS = 256  # struct bounds
 NEVER_NS = 2**63 - 1
+_BEGAN_S = time.monotonic()
 
 
 class Refusal(Exception):
     """What the user has to hear, in one line."""
 
 
-class NoBcc(Refusal):
-    """This interpreter has no bcc; another may."""
-
-
-def _import_bcc() -> Any:
+def _bcc() -> Any:
+    """The module, or None."""
     try:
         import bcc
     except ImportError:
-        bcc = None
-    if bcc is None or not hasattr(bcc, "BPF"):  # PyPI's bcc is another project
-        raise NoBcc(
-            "bcc is missing: install your distribution's package "
-            "(python3-bpfcc on Debian and Ubuntu, python3-bcc on Fedora and RHEL)"
-        )
-    return bcc
+        return None
+    return bcc if hasattr(bcc, "BPF") else None  # PyPI's bcc is another project
 
 
 def _load_libbpf() -> ct.CDLL:
@@ -115,12 +109,16 @@ def _fill(libbpf: ct.CDLL, fd: int, key: Optional[bytes], value: bytes) -> None:
 
 def load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
     """Does what the request asks; raises Refusal or LoadError."""
-    began = time.monotonic()
     _check_kernel()
     libbpf = _load_libbpf()
     if not _has_bpf_capabilities():
         raise Refusal("loading eBPF programs needs root, or CAP_BPF and CAP_PERFMON: run it with sudo")
-    bcc = _import_bcc()
+    bcc = _bcc()
+    if bcc is None:
+        raise Refusal(
+            "bcc is missing: install your distribution's package "
+            "(python3-bpfcc on Debian and Ubuntu, python3-bcc on Fedora and RHEL)"
+        )
     imported = time.monotonic()
     btf = _open_btf(libbpf)
     flavour = _choose_flavour(request["flavour"], btf)
@@ -183,7 +181,7 @@ def load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
         "flavour": flavour,
         "offsets": source,
         "descriptors": list(descriptors),
-        "seconds": {"import": imported - began, "compile": compiled - imported, "load": attached - compiled},
+        "seconds": {"import": imported - _BEGAN_S, "compile": compiled - imported, "load": attached - compiled},
     }
     return answer, list(descriptors.values())
 
@@ -196,14 +194,21 @@ def _has_bpf_capabilities() -> bool:
 
 
 def main() -> None:
-    """Serves the one request of the socket whose descriptor is the first argument."""
-    channel = socket.socket(fileno=int(sys.argv[1]))
+    """Serves the one request of the socket whose descriptor is the second argument.
+
+    An interpreter without bcc becomes the next one that is named. The agent could not start another: by now it may be
+    forbidden to.
+    """
+    package_parent, descriptor, *others = sys.argv[1:]
+    if others and _bcc() is None:
+        os.execv(others[0], [others[0], "-I", "-c", START, package_parent, descriptor, *others[1:]])
+    channel = socket.socket(fileno=int(descriptor))
     with channel, channel.makefile("r") as lines:
         request = json.loads(lines.readline())
         try:
             answer, descriptors = load(request)
         except (Refusal, LoadError) as error:
-            answer, descriptors = {"error": str(error), "missing_bcc": isinstance(error, NoBcc)}, []
+            answer, descriptors = {"error": str(error)}, []
         socket.send_fds(channel, [json.dumps(answer).encode() + b"\n"], descriptors)
     os._exit(0)  # nothing of LLVM is worth an orderly end
 
