@@ -44,7 +44,7 @@ def _probe_options(settings: Settings) -> ProbeOptions:
         rows=settings.table or settings.min_us is not None,
         exemplars=settings.export,
         key_address="server.address" in settings.attributes,
-        own_tgid=os.getpid(),
+        own_tgid=int(os.readlink("/proc/self")),  # of the pid namespace that /proc is of, as are -p and -t
         max_series=_kernel_series(settings.series_limit),
     )
 
@@ -139,6 +139,12 @@ def _describe(settings: Settings, loaded: Loaded, kept_cap_bpf: bool, landlock_a
     _log.debug("flavour %s, offsets from %s; %s", loaded.flavour, loaded.offsets, seconds)
     _log.debug("maps, programs, links: %s", ", ".join(loaded.descriptors))
     _log.debug("running as uid %d with %s", os.getuid(), "CAP_BPF alone" if kept_cap_bpf else "no capability")
+    if loaded.ids != "same":
+        _log.warning(
+            "in a pid namespace of its own: process and thread ids are shown as the host's, which ps, -p and -t do not "
+            "know here%s; in the host's (hostPID) they agree",
+            "" if loaded.ids == "translated" else ", and its own connections count as traffic",
+        )
     lacks = [
         what
         for lacking, what in (

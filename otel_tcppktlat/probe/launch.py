@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from .errors import ProbeError
 from .loader import START
@@ -25,10 +25,15 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Loaded:
-    """What the loader left. Names are map:NAME, program:NAME and link:NAME."""
+    """What the loader left. Names are map:NAME, program:NAME and link:NAME.
+
+    `ids`: whether process and thread ids are the `same` in this pid namespace as in the programs, the host's; or else
+    those that were asked for could be `translated`, or this process's own is `unknown`.
+    """
 
     flavour: str
     offsets: str
+    ids: Literal["same", "translated", "unknown"]
     seconds: dict[str, float]
     descriptors: dict[str, int]
 
@@ -99,6 +104,7 @@ class Loader:
         return Loaded(
             flavour=answer["flavour"],
             offsets=answer["offsets"],
+            ids=answer["ids"],
             seconds=answer["seconds"],
             descriptors=dict(zip(answer["descriptors"], descriptors, strict=True)),
         )

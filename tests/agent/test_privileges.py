@@ -16,9 +16,12 @@ RECEIVED = "tcppktlat.segments.received"
 MARK = "otel-tcppktlat: attached"
 
 
-@pytest.fixture(params=["grpc", "http/protobuf", "grpc+mtls", "http/protobuf+mtls"])
-def running(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> Iterator[tuple[Agent, Receiver]]:
-    """An agent that has exported once; with mTLS its key is root's alone."""
+@pytest.fixture(scope="module", params=["grpc", "http/protobuf", "grpc+mtls", "http/protobuf+mtls"])
+def running(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Agent, Receiver]]:
+    """An agent that has exported once; with mTLS its key is root's alone. The last test ends it."""
+    tmp_path = tmp_path_factory.mktemp("agent")
     protocol, _, tls = request.param.partition("+")
     environment = {"OTEL_EXPORTER_OTLP_PROTOCOL": protocol}
     server_tls = None

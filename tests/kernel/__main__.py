@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import os
 import pathlib
 import re
 import subprocess
@@ -64,7 +65,8 @@ def _run(kernel: str, quick: bool, kept: pathlib.Path) -> Result:
     options = ["--no-btf", "--headers"] if headers else []
     command = [sys.executable, RUN_ON_KERNEL, "--smp", 1, "--memory", 2048, "--timeout", LONGEST_S, "--out", out]
     command += [*options, name, "--", "sh", "-c", _words(quick or bool(headers), out)]
-    guest = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    environment = {**os.environ, "TEST_PATIENCE": "10"}
+    guest = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True)
     passed: Counter[str] = Counter()
     failed: list[str] = []
     if (out / "junit.xml").exists():

@@ -13,6 +13,9 @@ from collections.abc import Mapping, Sequence
 from typing import IO
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
+PATIENCE = float(
+    os.environ.get("TEST_PATIENCE", "1")
+)  # how many times as long an agent may take: guests compute slowly
 CA_VARIABLES = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE")
 
 
@@ -61,7 +64,7 @@ class Agent:
 
     def wait_for_stderr(self, text: str, timeout_s: float = 60) -> None:
         """Waits until it has printed `text` on stderr (-v: "attached")."""
-        end_s = time.monotonic() + timeout_s
+        end_s = time.monotonic() + timeout_s * PATIENCE
         while text not in self.stderr:
             assert self.process.poll() is None and time.monotonic() < end_s, self.stderr
             time.sleep(0.02)
@@ -75,7 +78,7 @@ class Agent:
         """Sends a signal and returns the exit status."""
         if self.process.poll() is None:
             self.process.send_signal(number)
-        return self.process.wait(timeout_s)
+        return self.process.wait(timeout_s * PATIENCE)
 
     def __enter__(self) -> Agent:
         return self

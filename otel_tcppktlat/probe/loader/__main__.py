@@ -2,7 +2,7 @@
 
 The request is JSON: {"bpf": folder, "flavour": "auto"|"typed"|"raw", "defines": {name: number or null},
 "bounds_ns": [...], "limits": {"series": n, "chunks": n}}. The answer is JSON, too, with the descriptors as ancillary
-data: {"flavour", "offsets", "descriptors": [name...], "seconds": {...}} or {"error": line}.
+data: {"flavour", "offsets", "ids", "descriptors": [name...], "seconds": {...}} or {"error": line}.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any, Optional
 
 from . import START
 from .btf import Btf, MissingField, as_flags, offsets_from_btf, offsets_from_headers
+from .pids import HostIds, in_host_namespace
 from .program import LoadError, Programs, kfunc_flags, read_source
 from .shim import write_tree
 
@@ -107,8 +108,26 @@ def _fill(libbpf: ct.CDLL, fd: int, key: Optional[bytes], value: bytes) -> None:
         raise LoadError(f"cannot fill a map: {os.strerror(-result)}")
 
 
+def _with_host_ids(defines: dict[str, Any], host_ids: Optional[HostIds]) -> dict[str, Any]:
+    """The definitions with the ids that the programs see."""
+    found = dict(defines)
+    for name, option in (("OWN_TGID", None), ("FILTER_PID", "-p"), ("FILTER_TID", "-t")):
+        if not (number := defines.get(name)):
+            continue
+        if host_ids:
+            try:
+                found[name] = host_ids.of(number)
+            except FileNotFoundError:
+                raise Refusal(f"{option}: this pid namespace has no process or thread {number}") from None
+        elif option:
+            raise Refusal(f"without BTF (/sys/kernel/btf/vmlinux), {option} works in the host's pid namespace only")
+        else:
+            found[name] = 0  # nobody's
+    return found
+
+
 def load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
-    """Does what the request asks; raises Refusal or LoadError."""
+    """Does what the request asks; raises Refusal, MissingField or LoadError."""
     _check_kernel()
     libbpf = _load_libbpf()
     if not _has_bpf_capabilities():
@@ -123,34 +142,34 @@ def load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
     btf = _open_btf(libbpf)
     flavour = _choose_flavour(request["flavour"], btf)
 
-    def compile_with_headers(text: str, flags: list[str]) -> Any:
+    def compile_program(text: str, flags: list[str]) -> Any:
         return bcc.BPF(text=text, cflags=flags)
 
-    try:
-        if btf:
-            source, offsets = "BTF", offsets_from_btf(btf)
-        elif _headers_installed():
-            source, offsets = "kernel headers", offsets_from_headers(compile_with_headers)
-        else:
-            raise Refusal(
-                "this kernel has neither BTF (/sys/kernel/btf/vmlinux) nor headers "
-                f"(/lib/modules/{os.uname().release}/build): install linux-headers-{os.uname().release}"
-            )
-    except MissingField as missing:
+    if btf:
+        source, offsets = "BTF", offsets_from_btf(btf)
+    elif _headers_installed():
+        source, offsets = "kernel headers", offsets_from_headers(compile_program)
+    else:
         raise Refusal(
-            f"this kernel lacks {missing}, which otel-tcppktlat reads: please report it with your kernel's version"
-        ) from None
-    flags = [f"-D{name}" if value is None else f"-D{name}={value}" for name, value in request["defines"].items()]
-    flags.append(f"-DSELF_INTERRUPTING={int(_kernel_version() < (6, 1))}")
-    flags += [f"-DTYPED={int(flavour == 'typed')}", *as_flags(offsets)]
-    if btf and flavour == "typed":
-        flags += kfunc_flags(btf)
-    events_fd = _create_ring_buffer(libbpf, request["defines"]["RING_BYTES"])
-    flags.append(f"-DEVENTS_FD={events_fd}")
-    text = read_source(pathlib.Path(request["bpf"]))
+            "this kernel has neither BTF (/sys/kernel/btf/vmlinux) nor headers "
+            f"(/lib/modules/{os.uname().release}/build): install linux-headers-{os.uname().release}"
+        )
     with tempfile.TemporaryDirectory(prefix="otel-tcppktlat-") as tree:
         write_tree(pathlib.Path(tree))
         os.environ["BCC_KERNEL_SOURCE"] = tree
+        defines, ids = request["defines"], "same"
+        if not in_host_namespace():
+            ids = "translated" if btf else "unknown"
+            host_ids = HostIds(compile_program, bcc.BPF.RAW_TRACEPOINT, libbpf, btf) if btf else None
+            defines = _with_host_ids(defines, host_ids)
+        flags = [f"-D{name}" if value is None else f"-D{name}={value}" for name, value in defines.items()]
+        flags.append(f"-DSELF_INTERRUPTING={int(_kernel_version() < (6, 1))}")
+        flags += [f"-DTYPED={int(flavour == 'typed')}", *as_flags(offsets)]
+        if btf and flavour == "typed":
+            flags += kfunc_flags(btf)
+        events_fd = _create_ring_buffer(libbpf, defines["RING_BYTES"])
+        flags.append(f"-DEVENTS_FD={events_fd}")
+        text = read_source(pathlib.Path(request["bpf"]))
         try:
             bpf = bcc.BPF(text=text, cflags=flags)
         except Exception as error:  # bcc raises a bare Exception
@@ -180,6 +199,7 @@ def load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
     answer = {
         "flavour": flavour,
         "offsets": source,
+        "ids": ids,
         "descriptors": list(descriptors),
         "seconds": {"import": imported - _BEGAN_S, "compile": compiled - imported, "load": attached - compiled},
     }
@@ -209,6 +229,9 @@ def main() -> None:
             answer, descriptors = load(request)
         except (Refusal, LoadError) as error:
             answer, descriptors = {"error": str(error)}, []
+        except MissingField as missing:
+            what = f"this kernel lacks {missing}, which otel-tcppktlat reads"
+            answer, descriptors = {"error": f"{what}: please report it with your kernel's version"}, []
         socket.send_fds(channel, [json.dumps(answer).encode() + b"\n"], descriptors)
     os._exit(0)  # nothing of LLVM is worth an orderly end
 
