@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import json
 import pathlib
+import re
 import time
 from collections import Counter
 from typing import Any
 
 import pytest
+import requests
 import yaml
-from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter
-from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
-from opentelemetry.sdk.metrics import MeterProvider
-from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
-from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 
+from backends import application
 from backends.chain import SERVER
-from backends.servers import COLLECTOR_CONFIG, Collector, Jaeger, Prometheus, free_port, validate
+from backends.servers import COLLECTOR_CONFIG, Collector, Jaeger, Prometheus, free_port, plain, validate
 from backends.traffic import SlowReader
 from otel_tcppktlat.demo.receiver import Receiver
 from support.agent import Agent
@@ -66,46 +64,52 @@ def test_what_all_have_in_common_is_the_same(path: pathlib.Path) -> None:
         assert pipeline["processors"][0] == name
 
 
-def users(receiver: Receiver, port: int) -> dict[str, Any]:
-    """A configuration such as a user has: his receiver, his processors, his exporter, his extension."""
+def users(receiver: Receiver, port: int, logs: pathlib.Path, health: int) -> dict[str, Any]:
+    """A configuration such as a user has: a receiver, processors, exporters and an extension of one's own."""
     pipeline = {
         "receivers": ["otlp"],
         "processors": ["memory_limiter", "resource", "batch"],
         "exporters": ["otlphttp/mine"],
     }
     return {
-        "extensions": {"health_check": {"endpoint": f"127.0.0.1:{free_port()}"}},
+        "extensions": {"health_check": {"endpoint": f"127.0.0.1:{health}"}},
         "receivers": {"otlp": {"protocols": {"grpc": {"endpoint": f"127.0.0.1:{port}"}}}},
         "processors": {
             "memory_limiter": {"check_interval": "1s", "limit_percentage": 80},
             "resource": {"attributes": [{"key": "through", "value": "mine", "action": "insert"}]},
             "batch": {},
         },
-        "exporters": {"otlphttp/mine": {"endpoint": receiver.http_endpoint}},
-        "service": {"extensions": ["health_check"], "pipelines": {"metrics": pipeline, "traces": pipeline}},
+        "exporters": {"otlphttp/mine": {"endpoint": receiver.http_endpoint}, "file/mine": {"path": str(logs)}},
+        "service": {
+            "extensions": ["health_check"],
+            "pipelines": {
+                "metrics": pipeline,
+                "traces": pipeline,
+                "logs": {**pipeline, "exporters": ["file/mine"]},
+            },
+        },
     }
 
 
-def send_as_an_application(port: int) -> None:
-    """What the user's own pipelines carry: a counter and a span."""
-    resource = Resource({"service.name": "application"})
-    exporter = OTLPMetricExporter(endpoint=f"http://127.0.0.1:{port}")
-    meters = MeterProvider([PeriodicExportingMetricReader(exporter, 3_600_000)], resource, shutdown_on_exit=False)
-    meters.get_meter("application").create_counter("requests").add(3)
-    traces = TracerProvider(resource=resource, shutdown_on_exit=False)
-    traces.add_span_processor(SimpleSpanProcessor(OTLPSpanExporter(endpoint=f"http://127.0.0.1:{port}")))
-    traces.get_tracer("application").start_span("handle").end()
-    meters.shutdown()
-    traces.shutdown()
-
-
-def application_got(receiver: Receiver) -> tuple[list[Any], list[Any]]:
-    """What arrived of the application: points and spans, without ids and times."""
-    points = receiver.points("requests")
-    spans = [one for one in receiver.spans() if one.resource["service.name"] == "application"]
+def application_got(receiver: Receiver, logs: pathlib.Path) -> tuple[list[Any], list[Any], list[Any]]:
+    """What arrived of the application: points, spans and lines, without ids and times."""
+    points = receiver.points(application.COUNTER)
+    spans = [one for one in receiver.spans() if one.resource["service.name"] == application.NAME]
+    lines = [json.loads(line) for line in logs.read_text().splitlines()] if logs.exists() else []
     return (
         [(one.value, one.attributes, one.resource) for one in points],
         [(one.name, one.attributes, one.resource) for one in spans],
+        [
+            (
+                record["body"],
+                scope["scope"],
+                {one["key"]: plain(one["value"]) for one in resource["resource"]["attributes"]},
+            )
+            for line in lines
+            for resource in line["resourceLogs"]
+            for scope in resource["scopeLogs"]
+            for record in scope["logRecords"]
+        ],
     )
 
 
@@ -120,9 +124,10 @@ def test_the_fragment_beside_a_users_configuration(tmp_path: pathlib.Path) -> No
     got = []
     for beside in ([], [fragment]):
         with Receiver() as receiver, contextlib.ExitStack() as stack:
-            own_port, port = free_port(), free_port()
+            own_port, port, health = free_port(), free_port(), free_port()
             folder = tmp_path / f"{len(beside)}"
-            mine = users(receiver, own_port)
+            logs = folder / "logs"
+            mine = users(receiver, own_port, logs, health)
             collector = Collector(folder, mine, *beside)
             if not beside:
                 collector.ready = f"127.0.0.1:{own_port}"
@@ -138,24 +143,32 @@ def test_the_fragment_beside_a_users_configuration(tmp_path: pathlib.Path) -> No
                 receiver.wait_for(lambda it: bool(it.points(DURATION)) and bool(it.spans()), 60)
                 ours = [one.resource for one in receiver.points(DURATION)] + [one.resource for one in receiver.spans()]
                 assert all("through" not in resource for resource in ours)
-            send_as_an_application(own_port)
-            receiver.wait_for(lambda it: all(application_got(it)), 60)
+            application.send(f"127.0.0.1:{own_port}")
+            eventually(lambda receiver=receiver, logs=logs: all(application_got(receiver, logs)))  # type: ignore[misc]
+            assert requests.get(f"http://127.0.0.1:{health}", timeout=30).ok  # the extension
             assert collector.stop() == 0
-            got.append(application_got(receiver))
+            got.append(application_got(receiver, logs))
     assert got[0] == got[1]
-    assert [one[2]["through"] for kind in got[1] for one in kind] == ["mine", "mine"]
+    assert [one[2]["through"] for kind in got[1] for one in kind] == ["mine"] * 3
 
 
-def test_the_fragment_with_busy_hosts_after_it_asks_for_the_metrics_exporter_alone() -> None:
+def what_is_missing(tmp_path: pathlib.Path, *files: str | dict[str, Any]) -> set[str]:
+    """The names that `otelcol validate` asks for when a user's configuration has these files after it."""
     with Receiver() as receiver:
-        said = validate(users(receiver, free_port()), "tcppktlat.yaml", "busy-hosts.yaml")
-    assert "your_metrics_exporter" in said and "your_traces_exporter" not in said
+        mine = users(receiver, free_port(), tmp_path / "logs", free_port())
+        return set(re.findall(r"your_\w+_exporter", validate(mine, *files)))
 
 
-def test_the_fragment_says_which_names_are_to_be_filled_in() -> None:
-    with Receiver() as receiver:
-        said = validate(users(receiver, free_port()), "tcppktlat.yaml")
-    assert "your_metrics_exporter" in said or "your_traces_exporter" in said
+def test_the_fragment_with_busy_hosts_after_it_asks_for_the_metrics_exporter_alone(tmp_path: pathlib.Path) -> None:
+    assert what_is_missing(tmp_path, "tcppktlat.yaml", "busy-hosts.yaml") == {"your_metrics_exporter"}
+
+
+@pytest.mark.parametrize(
+    ("filled", "missing"), [*itertools.permutations(("your_metrics_exporter", "your_traces_exporter"))]
+)
+def test_the_fragment_says_which_name_is_to_be_filled_in(tmp_path: pathlib.Path, filled: str, missing: str) -> None:
+    fragment = yaml.safe_load((COLLECTOR_CONFIG / "tcppktlat.yaml").read_text().replace(filled, "otlphttp/mine"))
+    assert what_is_missing(tmp_path, fragment) == {missing}
 
 
 def test_busy_hosts_keep_the_span_of_every_exemplar(tmp_path: pathlib.Path) -> None:

@@ -15,17 +15,21 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from otel_tcppktlat.demo.receiver import Point, ServerTls, SpanRecord, points_of
 from otel_tcppktlat.demo.receiver.tls import http_context
 from otel_tcppktlat.demo.receiver.views import spans_of
-from telemetry.told import DURATION
 
 
 @dataclass(frozen=True)
 class Demands:
-    """What a vendor's documentation asks for: paths, headers, and the temporality of histograms."""
+    """What a vendor's documentation asks for: paths, headers, the temporality of all that only grows, and sizes.
+
+    most_bytes: of a request with metrics, as sent. most_plain_bytes: of one with spans, once decompressed.
+    """
 
     metrics_path: str
     traces_path: str
     headers: Mapping[str, str]
     temporality: str
+    most_bytes: int = 1 << 62
+    most_plain_bytes: int = 1 << 62
 
 
 class Vendor:
@@ -69,9 +73,10 @@ class Vendor:
             self.spans += spans_of(ExportTraceServiceRequest.FromString(message))
             return 200, ""
         points = list(points_of(ExportMetricsServiceRequest.FromString(message)))
-        wrong = {one.temporality for one in points if one.name == DURATION} - {demands.temporality}
+        growing = [one for one in points if one.monotonic or one.kind in ("histogram", "exponential_histogram")]
+        wrong = {one.name for one in growing if one.temporality != demands.temporality}
         if wrong:
-            return 400, f"histograms are {wrong}, not {demands.temporality}"
+            return 400, f"{wrong} are not {demands.temporality}"
         self.points += points
         return 200, ""
 
