@@ -32,6 +32,7 @@ COMBINATIONS = [
     *([metrics, "vendor-delta.yaml"] for metrics in PROMETHEUS_ROUTES),
     ["prometheus/otlp.yaml", "jaeger.yaml", "persistent-queue.yaml"],
 ]
+NO_COLLECTORS = {"deploy/daemonset.yaml", "grafana/datasources.yaml"}
 ALONE = [COLLECTOR_CONFIG / file for combination in COMBINATIONS if len(combination) == 1 for file in combination]
 
 
@@ -49,7 +50,7 @@ def test_the_daemonsets_configuration_is_valid() -> None:
 def test_every_file_is_tested() -> None:
     named = {file for combination in COMBINATIONS for file in combination} | {"tcppktlat.yaml"}
     there = {str(path.relative_to(COLLECTOR_CONFIG)) for path in COLLECTOR_CONFIG.glob("**/*.yaml")}
-    assert there - {"deploy/daemonset.yaml", "grafana/datasources.yaml"} == named
+    assert there - NO_COLLECTORS == named
 
 
 @pytest.mark.parametrize("path", ALONE, ids=lambda path: str(path.name))
@@ -62,6 +63,28 @@ def test_what_all_have_in_common_is_the_same(path: pathlib.Path) -> None:
     assert configuration["processors"][name] == fragment["processors"][name]
     for pipeline in configuration["service"]["pipelines"].values():
         assert pipeline["processors"][0] == name
+
+
+# Of 0.155, by their manifests in open-telemetry/opentelemetry-collector-releases: what these files name and they lack.
+LACKS = {
+    "core": {"transform", "cumulativetodelta", "file_storage"},
+    "contrib": set(),
+    "k8s": {"prometheus", "prometheusremotewrite"},
+}
+
+
+def test_the_readme_says_which_distribution_a_file_needs() -> None:
+    rows = re.findall(r"^\| (`[^|]*\.yaml`) \| ([a-z0-9, ]+) \|$", (COLLECTOR_CONFIG / "README.md").read_text(), re.M)
+    said = {file: set(names.split(", ")) for files, names in rows for file in re.findall("`([^`]+)`", files)}
+    needed = {}
+    for path in COLLECTOR_CONFIG.glob("**/*.yaml"):
+        file = str(path.relative_to(COLLECTOR_CONFIG))
+        if file not in NO_COLLECTORS:
+            configuration = yaml.safe_load(path.read_text())
+            kinds = ("receivers", "processors", "exporters", "extensions")
+            components = {name.partition("/")[0] for kind in kinds for name in configuration.get(kind, {})}
+            needed[file] = {name for name, lacking in LACKS.items() if not components & lacking}
+    assert said == needed
 
 
 def users(receiver: Receiver, port: int, logs: pathlib.Path, health: int) -> dict[str, Any]:
