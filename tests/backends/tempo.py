@@ -56,7 +56,7 @@ class Tempo(TraceStore):
             "usage_report": {"reporting_enabled": False},
         }
         (folder / "tempo.yaml").write_text(yaml.safe_dump(configuration))
-        return [os.environ["TEMPO"], "-config.file=tempo.yaml"], "ready"
+        return [str(pathlib.Path(os.environ["TEMPO"]).resolve()), "-config.file=tempo.yaml"], "ready"
 
 
 @pytest.fixture(scope="module")
