@@ -9,19 +9,20 @@ import math
 import pathlib
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import pytest
 
 from backends.chain import HISTOGRAM, KINDS, ROUTES, SERVER, STRAIGHT, Chain, chains, start_agents
 from backends.servers import Jaeger, TraceStore, free_port
 from backends.traffic import SlowReader
+from support.agent import Agent
 from telemetry.told import DEFAULT_BOUNDS_S, eventually
 
 FIRST, SECOND, THIRD = 6, 3, 5  # observations of the agent's three runs
 BACK = 2  # ... of those of the first run by the process that came back meanwhile
 WAIT_S = 0.03
-LATE_MS = "4000"  # interval of the third run: its first export has all of it, more than the second run's total
+ONCE_MS = "3600000"  # interval of the third run: it exports when it ends, at once more than the second run's total
 BEFORE, AFTER, OUTAGE_S = (0.03, 0.03), (0.03,), 0.12
 # What collector-config/README.md says of the routes. To see every restart is to see also the third run's, whose total
 # has overtaken the second run's before Prometheus sees it.
@@ -46,14 +47,26 @@ def those(store: TraceStore, tmp_path_factory: pytest.TempPathFactory) -> Iterat
                 arrived(before + 1)
                 reader.wait(*[WAIT_S] * (number - 1))
                 arrived(before + number)
-        for number, variables in ((SECOND, {}), (THIRD, {"OTEL_METRIC_EXPORT_INTERVAL": LATE_MS})):
-            for agent in agents:
-                assert agent.stop() == 0
-            agents = start_agents(all_of_them, port, variables)
-            with SlowReader(b"reader", port) as reader:
-                reader.wait(*[WAIT_S] * number)
-                arrived(number)
+        stop(agents)
+        agents = start_agents(all_of_them, port)
+        with SlowReader(b"reader", port) as reader:
+            reader.wait(*[WAIT_S] * SECOND)
+            arrived(SECOND)
+        stop(agents)
+        agents = start_agents(all_of_them, port, {"OTEL_METRIC_EXPORT_INTERVAL": ONCE_MS})
+        with SlowReader(b"reader", port) as reader:
+            reader.wait(*[WAIT_S] * THIRD)
+        stop(agents)
+        arrived(THIRD)
         yield it
+
+
+def stop(agents: Iterable[Agent]) -> None:
+    """Ends them, all at once; each exports a last time."""
+    for agent in agents:
+        agent.process.terminate()
+    for agent in agents:
+        assert agent.process.wait(60) == 0
 
 
 @pytest.fixture(params=ROUTES)
