@@ -32,6 +32,7 @@ from .spans import Candidate, SpanBudget
 SCOPE = "otel_tcppktlat"
 SCHEMA_URL = "https://opentelemetry.io/schemas/1.44.0"
 DURATION = "tcppktlat.receive_queue.duration"
+REJECTED, DROPPED = LOSSES = ("tcppktlat.points.rejected", "tcppktlat.spans.dropped")
 BATCH_POINTS, BATCH_BYTES = 1000, 2 << 20  # keep a request well below the 4 MiB that gRPC servers take
 
 OUTCOMES: Mapping[str, Mapping[str, str]] = {  # counter in the books: attributes of its point
@@ -57,21 +58,27 @@ class Temporality:
 
 @dataclass(frozen=True)
 class Batch:
-    """Metrics for one request, and what to call once a receiver has them."""
+    """Metrics for one request, and what to call once a receiver has them, or refuses them for good.
+
+    `acknowledge` takes the number of points that it refused, and whether it refused the request as a whole. `parts`:
+    into how many requests the batch could be split, and `size` is an upper bound of its bytes.
+    """
 
     scope_metrics: ScopeMetrics
-    acknowledge: Callable[[], None]
+    acknowledge: Callable[[int, bool], None]
+    parts: int = 1
+    size: int = 0
 
     def with_(self, other: Batch) -> Batch:
         """Both in one request."""
 
-        def acknowledge() -> None:
-            self.acknowledge()
-            other.acknowledge()
+        def acknowledge(rejected: int, whole: bool) -> None:
+            self.acknowledge(rejected, whole)
+            other.acknowledge(0, whole)
 
         metrics = [*self.scope_metrics.metrics, *other.scope_metrics.metrics]
-        scope = self.scope_metrics
-        return Batch(ScopeMetrics(scope.scope, metrics, scope.schema_url), acknowledge)
+        scope, parts = self.scope_metrics, self.parts + other.parts
+        return Batch(ScopeMetrics(scope.scope, metrics, scope.schema_url), acknowledge, parts, self.size + other.size)
 
 
 @dataclass(frozen=True)
@@ -125,6 +132,8 @@ class Collector:
         self._acknowledged_numbers: dict[tuple[str, AttributeSet], tuple[float, int]] = {}
         self._slowest: dict[tuple[AttributeSet, int], Event] = {}
         self._exemplars: dict[AttributeSet, dict[int, Exemplar]] = {}
+        self._most_bytes = BATCH_BYTES
+        self._rejected = 0
         self.last_duration_s = 0.0
         self._on_collected: Callable[[], None] = lambda: None
 
@@ -161,11 +170,19 @@ class Collector:
             self._make_exemplars(unix_ns, unix_offset_ns, (ended_ns - self._collected_ns) / 1e9)
             self._collected_ns = ended_ns
             numbers, histograms = self._numbers_batch(unix_ns), list(self._histogram_batches(unix_ns))
-            batches = [numbers.with_(histograms[0]), *histograms[1:]] if histograms else [numbers]
+            together = bool(histograms) and self._most_bytes == BATCH_BYTES
+            batches = [numbers.with_(histograms[0]), *histograms[1:]] if together else [numbers, *histograms]
             self._collected_unix_ns = unix_ns
             self.last_duration_s = time.monotonic() - began_s
         self._on_collected()
         return batches
+
+    def shrink(self, batch: Batch) -> bool:
+        """Makes the next batches half as large as this one, which no receiver takes; False if it cannot be split."""
+        with self._lock:
+            if batch.parts > 1:
+                self._most_bytes = min(self._most_bytes, batch.size) // 2
+            return batch.parts > 1
 
     def _make_exemplars(self, unix_ns: int, unix_offset_ns: int, elapsed_s: float) -> None:
         chosen = {place: Candidate(event, place[0]) for place, event in self._slowest.items()}
@@ -174,7 +191,10 @@ class Collector:
             event, ids = candidate.event, made.get(candidate.key)
             if not self._exemplars_wanted or not (ids or self._exemplars_without_span):
                 continue
-            self._exemplars.setdefault(attributes, {})[bucket] = Exemplar(
+            waiting = self._exemplars.setdefault(attributes, {})
+            if not ids and bucket in waiting and waiting[bucket].span_id:
+                continue  # not delivered yet, and worth more
+            waiting[bucket] = Exemplar(
                 filtered_attributes=exemplar_attributes(event, attributes),
                 value=event.wait_ns / 1e9,
                 # Unix time may have been set meanwhile; the interval's bounds hold.
@@ -200,27 +220,28 @@ class Collector:
             since = acknowledged if delta else self._nothing
             point = histogram_point(self._buckets, attributes, total, since, unix_ns, exemplars)
             point_size = most_encoded_bytes(point)
-            if points and (len(points) == BATCH_POINTS or size + point_size > BATCH_BYTES):
-                yield self._histogram_batch(points, taken)
+            if points and (len(points) == BATCH_POINTS or size + point_size > self._most_bytes):
+                yield self._histogram_batch(points, taken, size)
                 points, taken, size = [], {}, 0
             points.append(point)
             taken[attributes] = Acknowledged(tuple(total.counts), total.sum_ns, unix_ns)
             size += point_size
         if points:
-            yield self._histogram_batch(points, taken)
+            yield self._histogram_batch(points, taken, size)
 
-    def _histogram_batch(self, points: Sequence[Point], taken: Mapping[AttributeSet, Acknowledged]) -> Batch:
+    def _histogram_batch(self, points: Sequence[Point], taken: Mapping[AttributeSet, Acknowledged], size: int) -> Batch:
         metric = Metric(
             DURATION,
             "Time that received TCP segments waited in the receive queue until a thread had read them.",
             "s",
             histogram_data(points, self._temporality.histogram),
         )
-        return Batch(self._scope([metric]), self._acknowledger(taken))
+        return Batch(self._scope([metric]), self._acknowledger(taken), len(points), size)
 
-    def _acknowledger(self, taken: Mapping[AttributeSet, Acknowledged]) -> Callable[[], None]:
-        def acknowledge() -> None:
+    def _acknowledger(self, taken: Mapping[AttributeSet, Acknowledged]) -> Callable[[int, bool], None]:
+        def acknowledge(rejected: int, _whole: bool) -> None:
             with self._lock:
+                self._rejected += rejected
                 self._acknowledged.update(taken)
                 for attributes in taken:
                     self._exemplars.pop(attributes, None)
@@ -249,6 +270,13 @@ class Collector:
             _Number("tcppktlat.spans.suppressed", "{span}", "Spans not made, because the budget was spent.", (),
                     self._spans.suppressed),
             *(
+                _Number(DROPPED, "{span}", "Spans that no receiver gets, by reason.",
+                        (("tcppktlat.reason", reason),), count)
+                for reason, count in self._spans.dropped().items()
+            ),
+            _Number(REJECTED, "{data_point}", "Data points that the receiver refused for good.", (),
+                    self._rejected),
+            *(
                 _Number("tcppktlat.bpf.runs.skipped", "{run}",
                         "Runs that the kernel skipped, because the program would have interrupted itself.",
                         (("tcppktlat.bpf.program", name),), skipped)
@@ -271,10 +299,14 @@ class Collector:
             by_metric.setdefault(number.metric, []).append(number)
         metrics = [self._number_metric(group, unix_ns) for group in by_metric.values()]
         taken = {number.key: (number.value, unix_ns) for number in numbers}
+        counts_of_losses = {number.key for number in numbers if number.metric in LOSSES}
 
-        def acknowledge() -> None:
+        def acknowledge(rejected: int, whole: bool) -> None:
             with self._lock:
-                self._acknowledged_numbers.update(taken)
+                self._rejected += rejected
+                for key, value in taken.items():
+                    if not (whole and key in counts_of_losses):  # what says how much was refused must not be lost
+                        self._acknowledged_numbers[key] = value
 
         return Batch(self._scope(metrics), acknowledge)
 

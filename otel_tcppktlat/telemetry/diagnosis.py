@@ -6,20 +6,18 @@ material for its line, and for -v.
 
 from __future__ import annotations
 
-import enum
 import logging
 import os
 import re
 import threading
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 from urllib.parse import SplitResult, urlsplit
 
 from .answering import Answer, Speech, what_answers
 
 Protocol = Literal["grpc", "http/protobuf"]
-_T = TypeVar("_T")
 _SDK_LOGGER = "opentelemetry.exporter.otlp.proto"
 _PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy", "all_proxy")
 _SPEECH: dict[Protocol, Speech] = {"grpc": "HTTP/2", "http/protobuf": "HTTP/1.1"}
@@ -37,7 +35,8 @@ _TROUBLE = {
     "closes": "something takes connections there, and closes them",
     "silent": "something takes connections there, and says nothing",
 }
-_STEADY = 10  # failures of one kind in a row, after which another kind is news again, though it was there before
+_STEADY = 10  # failures of one kind, or whole deliveries, in a row, after which what was said before is news again
+_TOO_LARGE = re.compile(r"(larger|bigger) than|too (large|big)|exceed.*(size|limit of [0-9]+ bytes)", re.IGNORECASE)
 _LONGEST_REASON = 250
 _SHORTEST_SECRET = 4
 
@@ -46,17 +45,53 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Failure:
-    """What an attempt ended with. `code`: an HTTP status, or the name of a gRPC one; None without an answer."""
+    """What an attempt ended with. `code`: an HTTP status, or the name of a gRPC one; None without an answer.
+
+    `retry_after_s`: for how long the receiver asks to be left alone. `from_page`: an HTTP status that comes with a web
+    page, or with nothing that says what it is, as no OTLP receiver's does.
+    """
 
     code: int | str | None
     detail: str
+    retry_after_s: float = 0.0
+    from_page: bool = False
 
     @property
     def kind(self) -> str:
         """The same for the same trouble: a receiver's own word, or a library's without ports, times and addresses."""
         if self.code in _FROM_A_RECEIVER:
             return str(self.code)
-        return f"{self.code} " + re.sub(r"0x[0-9a-f]+|[0-9]+", "", self.detail)
+        return f"{self.code} " + _without_numbers(self.detail)
+
+    @property
+    def of_size(self) -> bool:
+        """Was the request too large? A gRPC status says so in words only; an HTTP proxy's may stand behind UNKNOWN."""
+        if self.code in ("RESOURCE_EXHAUSTED", "OUT_OF_RANGE"):
+            return bool(_TOO_LARGE.search(self.detail))
+        return self.code == 413 or self.code == "UNKNOWN" and "413" in self.detail
+
+    @property
+    def of_data(self) -> bool:
+        """Does the receiver say that it will never take this data? (OTLP specification, "Failures": "bad data".)"""
+        return self.code == "INVALID_ARGUMENT" or self.code in (400, 422) and not self.from_page
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How an export ended. `rejected`: points or spans without which the receiver took it, and `message` why.
+
+    `abandoned`: nobody has waited for its end.
+    """
+
+    delivered: bool
+    failure: Failure | None = None
+    rejected: int = 0
+    message: str = ""
+    abandoned: bool = False
+
+
+def _without_numbers(text: str) -> str:
+    return re.sub(r"0x[0-9a-f]+|[0-9]+", "", text)
 
 
 @dataclass(frozen=True)
@@ -114,7 +149,8 @@ def _of_code(target: Target, failure: Failure) -> str | None:
         if not target.url.path.endswith(f"/v1/{target.signal}"):
             advice = f"; {target.variables['ENDPOINT']} is taken as it is, and should end in /v1/{target.signal}"
         return f"no OTLP receiver is at this path ({status}){advice}"
-    return f"it answers {status}" + (f": {detail}" if isinstance(code, str) and detail else "")
+    answers = f"it answers {status}" + (f": {detail}" if isinstance(code, str) and detail else "")
+    return answers + ("; what it refuses is dropped" if failure.of_data else "")
 
 
 def _of_detail(target: Target, failure: Failure) -> str | None:
@@ -171,8 +207,23 @@ def explain(target: Target, failure: Failure, ask: bool = True) -> str:
     if reason is None:
         cause = re.search(r"Caused by (.*)\)$", failure.detail)
         reason = (f"gRPC status {failure.code}: " if failure.code else "") + (cause[1] if cause else failure.detail)
-    reason = "".join(character if character.isprintable() else " " for character in reason)
-    return reason if len(reason) <= _LONGEST_REASON else reason[: _LONGEST_REASON - 3] + "..."
+    return _short(reason)
+
+
+def _short(text: str) -> str:
+    text = "".join(character if character.isprintable() else " " for character in text)
+    return text if len(text) <= _LONGEST_REASON else text[: _LONGEST_REASON - 3] + "..."
+
+
+@dataclass
+class _Attempt:
+    """An export under way, and what is known of it. `over`: nobody waits for its end any more."""
+
+    watch: Watch
+    failure: Failure | None = None
+    rejected: int = 0
+    message: str = ""
+    over: bool = False
 
 
 class Watch:
@@ -182,48 +233,79 @@ class Watch:
         """Without a target it leaves everything as it is: the exporter is not of this project's choice."""
         self._target = target
         self._lock = threading.Lock()
-        self._attempts = 0  # under way
-        self._failure: Failure | None = None  # the last one of what is under way
+        self._under_way: list[_Attempt] = []
         self._explained: dict[str, str] = {}  # since the last delivery: kinds of failures, and their reasons
         self._last_kind, self._in_a_row = "", 0
+        self._rejections: set[str] = set()  # kinds of messages that were said
+        self._whole_in_a_row = 0
         self._ending = self._over = False
         if target:
             _capture()
 
-    def run(self, export: Callable[[], _T], success: _T) -> _T:
-        """Calls `export` and returns what it does."""
+    @property
+    def knows(self) -> bool:
+        """Can it know why an export failed?"""
+        return self._target is not None
+
+    def attend(self, export: Callable[[], object], success: object) -> Ended:
+        """Calls `export`, and returns how that ended. To be told once that is known to matter: see tell()."""
         if self._target is None:
-            return export()
-        _exporting.watch, self._failure = self, None
-        self._attempts += 1
+            return Ended(export() == success)
+        attempt = _exporting.attempt = _Attempt(self)
+        self._under_way.append(attempt)
         try:
-            result = export()
+            delivered = export() == success
+        except NotDelivered:
+            delivered = False
         finally:
-            self._attempts -= 1
-            _exporting.watch = None
-        if result == success:
-            self._delivered(self._target)
+            _exporting.attempt = None
+            self._under_way.remove(attempt)
+        if delivered:
+            return Ended(True, None, attempt.rejected, attempt.message)
+        return Ended(False, attempt.failure or Failure(None, "the exporter does not say why"))
+
+    def tell(self, ended: Ended) -> None:
+        """Says what is new about how exports end."""
+        if self._target is None or ended.abandoned:
+            return
+        if ended.failure:
+            self._explain(self._target, ended.failure)
         else:
-            self._explain(self._target, self._failure or Failure(None, "the exporter does not say why"))
-        return result
+            self._delivered(self._target)
+            self._tell_rejected(self._target, ended)
+
+    def _tell_rejected(self, target: Target, ended: Ended) -> None:
+        if not ended.rejected and not ended.message:
+            self._whole_in_a_row += 1
+            if self._whole_in_a_row >= _STEADY:
+                self._rejections.clear()
+            return
+        self._whole_in_a_row = 0
+        kind = _without_numbers(ended.message)
+        if kind not in self._rejections and not self._over:
+            what = f"{ended.rejected} {'spans' if target.signal == 'traces' else 'data points'}"
+            said = _short(target.without_secrets(ended.message)) or "it does not say why"
+            refuses = f"refuses {what} for good, which are dropped" if ended.rejected else "takes all, and warns"
+            _log.warning("%s: %s %s: %s", target.what, target.shown, refuses, said)
+        self._rejections.add(kind)
 
     def note(self, failure: Failure) -> None:
-        """An attempt has failed; another one may follow."""
-        assert self._target
-        self._failure = Failure(failure.code, self._target.without_secrets(failure.detail))
+        """An attempt of this thread has failed; another one may follow."""
+        if (attempt := _exporting.attempt) and self._target:
+            detail = self._target.without_secrets(failure.detail)
+            attempt.failure = replace(failure, detail=detail)
 
     def note_record(self, record: logging.LogRecord) -> None:
-        """What the SDK logs when an attempt has failed: it is for -v, and where to find a gRPC status."""
-        assert self._target
+        """What the SDK logs when an attempt of this thread has failed: it is for -v."""
+        attempt = _exporting.attempt
+        assert self._target and attempt
+        if attempt.over:
+            return
         _log.debug("%s", self._target.without_secrets(record.getMessage()))
-        arguments = record.args if isinstance(record.args, tuple) else ()
-        for argument in arguments:
-            if isinstance(argument, enum.Enum):
-                self.note(Failure(argument.name, str(arguments[-1])))
-        if self._failure is None:
+        if attempt.failure is None:
             self.note(Failure(None, record.getMessage()))
-        if self._ending and self._failure:  # later there may be no time to ask who answers
-            self._explain(self._target, self._failure)
+        if self._ending and attempt.failure:  # later there may be no time to ask who answers
+            self._explain(self._target, attempt.failure)
 
     def _delivered(self, target: Target) -> None:
         with self._lock:
@@ -250,31 +332,55 @@ class Watch:
         """The agent is about to end: any failed attempt may be the last."""
         self._ending = True
 
+    def let_go(self) -> None:
+        """What is under way is of no interest any more: something else takes its place."""
+        for attempt in list(self._under_way):
+            attempt.over = True
+
     def conclude(self) -> None:
         """The agent ends now: an export that is still under way has failed. Nothing is said later."""
         with self._lock:
             self._over = True
-            if self._target and self._attempts and not self._explained:
-                failure = self._failure or Failure(None, "there was no answer until the agent ended")
+            left = [attempt for attempt in self._under_way if not attempt.over]
+            if self._target and left and not self._explained:
+                failure = left[-1].failure or Failure(None, "there was no answer until the agent ended")
                 reason = explain(self._target, failure, ask=False)
                 _log.warning("%s could not be delivered to %s: %s", self._target.what, self._target.shown, reason)
 
 
 class _Exporting(threading.local):
-    watch: Watch | None = None
+    attempt: _Attempt | None = None
 
 
 _exporting = _Exporting()
 
 
 class NotDelivered(Exception):
-    """Raised for an answer that the SDK would take as success."""
+    """Raised for an answer that the SDK would take as success, or would ask for again in vain."""
 
 
-def note_error(error: Exception) -> None:
-    """An HTTP request had no answer."""
-    if _exporting.watch:
-        _exporting.watch.note(Failure(None, str(error)))
+def note_failure(failure: Failure) -> None:
+    """A request of this thread had no answer, or this one."""
+    if _exporting.attempt:
+        _exporting.attempt.watch.note(failure)
+
+
+def note_partial_success(response: Any) -> None:
+    """What OTLP's answer to a request of this thread says of points or spans that it was taken without."""
+    partial = response.partial_success
+    if attempt := _exporting.attempt:
+        attempt.rejected = (
+            partial.rejected_spans if hasattr(partial, "rejected_spans") else partial.rejected_data_points
+        )
+        attempt.message = partial.error_message
+
+
+def _seconds(response: Any) -> float:
+    """Retry-After, unless it is a date."""
+    try:
+        return max(0.0, float(response.headers.get("Retry-After", "")))
+    except ValueError:
+        return 0.0
 
 
 def check_response(response: Any) -> None:
@@ -283,16 +389,16 @@ def check_response(response: Any) -> None:
     The SDK takes all statuses from 200 to 399 as success. A receiver never redirects a POST, nor sends a web page.
     """
     status, detail = response.status_code, str(response.reason or "")
+    content_type = response.headers.get("Content-Type", "").lower()
     if 300 <= status < 400:
         to = urlsplit(response.headers.get("Location", ""))
         where = to._replace(netloc=to.netloc.rpartition("@")[2], query="", fragment="").geturl()
         detail += f", a redirect to {where}: is a login in between?"
     elif status < 300:
-        if "html" not in response.headers.get("Content-Type", "").lower() or response.content.lstrip()[:1] != b"<":
+        if "html" not in content_type or response.content.lstrip()[:1] != b"<":
             return
         detail += " with a web page: is a login in between?"
-    if _exporting.watch:
-        _exporting.watch.note(Failure(status, detail))
+    note_failure(Failure(status, detail, _seconds(response), not content_type or "html" in content_type))
     if status < 400:
         raise NotDelivered(f"HTTP {status} {detail}")
 
@@ -302,8 +408,8 @@ class _Captured(logging.Handler):
 
     def handle(self, record: logging.LogRecord) -> bool:
         """Without the handler's lock, as asking a server may take a while."""
-        if _exporting.watch:
-            _exporting.watch.note_record(record)
+        if _exporting.attempt:
+            _exporting.attempt.watch.note_record(record)
         else:
             logging.getLogger().handle(record)
         return True

@@ -6,6 +6,7 @@ their variables themselves.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import pathlib
@@ -16,11 +17,12 @@ from importlib.metadata import entry_points
 from typing import Any, Literal
 from urllib.parse import SplitResult, quote, unquote, urlsplit
 
+from google.protobuf.message import DecodeError
 from opentelemetry.sdk.metrics.export import MetricExporter
 from opentelemetry.sdk.trace.export import SpanExporter
 
 from ..settings import SettingsError, check_endpoint_variable
-from .diagnosis import Protocol, Target, Watch, check_response, note_error
+from .diagnosis import Failure, Protocol, Target, Watch, check_response, note_failure, note_partial_success
 
 Signal = Literal["metrics", "traces"]
 _TLS_FILES = ("CERTIFICATE", "CLIENT_CERTIFICATE", "CLIENT_KEY")
@@ -154,6 +156,8 @@ def _http_arguments(signal: Signal) -> dict[str, Any]:
     import requests
     from requests.adapters import HTTPAdapter
 
+    response_kind = _response_kind(signal)
+
     class Watched(HTTPAdapter):
         """Lets a Watch know what becomes of a request, and the SDK have no success that is none."""
 
@@ -161,9 +165,12 @@ def _http_arguments(signal: Signal) -> dict[str, Any]:
             try:
                 response = super().send(*args, **kwargs)
             except Exception as error:
-                note_error(error)
+                note_failure(Failure(None, str(error)))
                 raise
             check_response(response)
+            if response.status_code == 200 and "protobuf" in response.headers.get("Content-Type", ""):
+                with contextlib.suppress(DecodeError):
+                    note_partial_success(response_kind.FromString(response.content))
             return response
 
     session = requests.Session()
@@ -196,38 +203,57 @@ def _http_arguments(signal: Signal) -> dict[str, Any]:
     return {"session": session}
 
 
+def _response_kind(signal: Signal) -> type[Any]:
+    if signal == "metrics":
+        from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceResponse
+
+        return ExportMetricsServiceResponse
+    from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
+
+    return ExportTraceServiceResponse
+
+
 _ARGUMENTS: Mapping[str, Callable[[Signal], dict[str, Any]]] = {
     "otlp_proto_grpc": _grpc_arguments,
     "otlp_proto_http": _http_arguments,
 }
 
 
-def _make(signal: Signal, name: str, kind: type[Any]) -> Any:
+def _maker(signal: Signal, kind: type[Any]) -> Callable[[], Any] | None:
+    """Makes the exporter that the variables name, whenever it is called; it reads no file. Raises SettingsError."""
+    name = exporter_name(signal)
+    if name is None:
+        return None
     found = [*entry_points(group=f"opentelemetry_{signal}_exporter", name=name)]
     if not found:
         raise SettingsError(f"OTEL_{signal.upper()}_EXPORTER={name}: no installed package has such an exporter")
     arguments = _ARGUMENTS[name](signal) if name in _ARGUMENTS else {}
-    try:
-        exporter = found[0].load()(**arguments)
-    except Exception as error:  # whatever a third party's constructor thinks of its settings
-        raise SettingsError(f"the {signal} exporter {name} cannot be made: {error}") from error
-    if not isinstance(exporter, kind):
-        raise SettingsError(f"OTEL_{signal.upper()}_EXPORTER={name} is not a push exporter of {signal}")
-    return exporter
+
+    def make() -> Any:
+        try:
+            loaded = found[0].load()
+            if name == "otlp_proto_grpc":
+                from .watched_grpc import watched
+
+                loaded = watched(loaded)
+            exporter = loaded(**arguments)
+        except Exception as error:  # whatever a third party's constructor thinks of its settings
+            raise SettingsError(f"the {signal} exporter {name} cannot be made: {error}") from error
+        if not isinstance(exporter, kind):
+            raise SettingsError(f"OTEL_{signal.upper()}_EXPORTER={name} is not a push exporter of {signal}")
+        return exporter
+
+    return make
 
 
-def make_metric_exporter() -> MetricExporter | None:
-    """The exporter that OTEL_METRICS_EXPORTER names; None for `none`. Raises SettingsError."""
-    name = exporter_name("metrics")
-    exporter: MetricExporter | None = _make("metrics", name, MetricExporter) if name else None
-    return exporter
+def metric_exporter_maker() -> Callable[[], MetricExporter] | None:
+    """Makes the exporter that OTEL_METRICS_EXPORTER names; None for `none`. Both raise SettingsError."""
+    return _maker("metrics", MetricExporter)
 
 
-def make_span_exporter() -> SpanExporter | None:
-    """The exporter that OTEL_TRACES_EXPORTER names; None for `none`. Raises SettingsError."""
-    name = exporter_name("traces")
-    exporter: SpanExporter | None = _make("traces", name, SpanExporter) if name else None
-    return exporter
+def span_exporter_maker() -> Callable[[], SpanExporter] | None:
+    """Makes the exporter that OTEL_TRACES_EXPORTER names; None for `none`. Both raise SettingsError."""
+    return _maker("traces", SpanExporter)
 
 
 def _uses_tls(signal: Signal, protocol: Protocol, url: SplitResult) -> bool:
@@ -247,7 +273,7 @@ def _secrets(signal: Signal, url: SplitResult) -> list[str]:
 
 
 def make_watch(signal: Signal) -> Watch:
-    """Watches over the deliveries of make_metric_exporter's or make_span_exporter's, unless it is a third party's."""
+    """Watches over the deliveries of the exporter that is made for a signal, unless it is a third party's."""
     protocols: Mapping[str, Protocol] = {"otlp_proto_grpc": "grpc", "otlp_proto_http": "http/protobuf"}
     protocol = protocols.get(exporter_name(signal) or "")
     if protocol is None:

@@ -7,16 +7,22 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from opentelemetry.metrics import CallbackOptions, Observation
 from opentelemetry.sdk.environment_variables import (
     OTEL_BSP_MAX_EXPORT_BATCH_SIZE,
     OTEL_BSP_MAX_QUEUE_SIZE,
+    OTEL_BSP_SCHEDULE_DELAY,
     OTEL_EXPERIMENTAL_RESOURCE_DETECTORS,
 )
 from opentelemetry.sdk.metrics import Histogram, MeterProvider, ObservableCounter
-from opentelemetry.sdk.metrics.export import AggregationTemporality, MetricExporter, PeriodicExportingMetricReader
+from opentelemetry.sdk.metrics.export import (
+    AggregationTemporality,
+    MetricExporter,
+    MetricExportResult,
+    PeriodicExportingMetricReader,
+)
 from opentelemetry.sdk.resources import (
     HOST_ID,
     HOST_NAME,
@@ -26,7 +32,7 @@ from opentelemetry.sdk.resources import (
     Resource,
 )
 from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExportResult
 
 from .. import __version__
 from ..probe.layout import Event
@@ -34,8 +40,9 @@ from ..probe.probe import Probe
 from ..series import SeriesTotals
 from ..settings import EXEMPLAR_FILTER, Settings, export_interval_s
 from .collector import SCHEMA_URL, SCOPE, Collector, Temporality
-from .exporters import make_metric_exporter, make_span_exporter, make_watch
+from .exporters import make_watch, metric_exporter_maker, span_exporter_maker
 from .injection import InjectingExporter, NoExporter
+from .sending import Sender
 from .spans import Handover, SpanBudget
 
 SELF_SCOPE = f"{SCOPE}.self"  # an SDK's meter must not share the injected metrics' scope: the encoder would drop one
@@ -43,6 +50,8 @@ DEFAULT_SERVICE_NAME = "otel-tcppktlat"
 _INSTANCE_NAMESPACE = uuid.UUID("4d63009a-8d0f-11ee-aad7-4c796ed8e320")  # the conventions' own, for inherent ids
 _DEFAULT_DETECTORS = "host,os,otel"  # the last one wins: OTEL_RESOURCE_ATTRIBUTES
 _DEFAULT_QUEUE, _DEFAULT_BATCH = 2048, 512  # OTEL_BSP_MAX_QUEUE_SIZE's and OTEL_BSP_MAX_EXPORT_BATCH_SIZE's default
+_DEFAULT_DELAY_MS = 5000  # OTEL_BSP_SCHEDULE_DELAY's
+_LAST_ANSWERS_S = 2.0  # of the time to shut down, left for a new connection where no answer has come until then
 _LAST_SPANS_S = 1.0  # of the time to shut down, left for spans whatever becomes of the metrics
 
 
@@ -84,15 +93,17 @@ class Pipeline:
         """Makes the exporters: whatever they read from files is read now. Raises SettingsError."""
         self._settings = settings
         self._interval_s = export_interval_s()
-        self._metric_exporter: MetricExporter = make_metric_exporter() or NoExporter()
-        self._span_exporter: SpanExporter | None = make_span_exporter()
-        self._metric_watch, self._span_watch = make_watch("metrics"), make_watch("traces")
+        make_metrics: Callable[[], MetricExporter] = metric_exporter_maker() or NoExporter
+        self._metrics = Sender(make_metrics, make_watch("metrics"), MetricExportResult.SUCCESS)
+        make_spans = span_exporter_maker()
+        self._traces = Sender(make_spans, make_watch("traces"), SpanExportResult.SUCCESS) if make_spans else None
         self._queue_size, self._batch_size = _span_queue_sizes(settings.span_rate, self._interval_s)
         self._resource = make_resource()
 
     def start(self, probe: Probe) -> None:
         """Starts exporting what the probe measures."""
-        handover = Handover(self._span_exporter, self._span_watch) if self._span_exporter else None
+        pause_s = float(os.environ.get(OTEL_BSP_SCHEDULE_DELAY) or _DEFAULT_DELAY_MS) / 1e3
+        self._handover = handover = Handover(self._traces, pause_s) if self._traces else None
         self._tracer_provider: TracerProvider | None = None
         tracer = None
         if handover:
@@ -103,7 +114,7 @@ class Pipeline:
             tracer = self._tracer_provider.get_tracer(SCOPE, __version__, schema_url=SCHEMA_URL)
         settings = self._settings
         self.spans = SpanBudget(tracer, handover, settings.span_rate, self._queue_size, self._interval_s)
-        preferred = self._metric_exporter._preferred_temporality or {}
+        preferred = self._metrics.exporter._preferred_temporality or {}
         cumulative = AggregationTemporality.CUMULATIVE
         self.collector = Collector(
             probe,
@@ -114,10 +125,8 @@ class Pipeline:
             reader_filtered=settings.pid is not None or settings.tid is not None,
             exemplar_filter=os.environ.get(EXEMPLAR_FILTER, "").strip().lower() or None,
         )
-        reader = PeriodicExportingMetricReader(
-            InjectingExporter(self._metric_exporter, self.collector.collect, self._metric_watch),
-            export_interval_millis=self._interval_s * 1e3,
-        )
+        self._injecting = InjectingExporter(self._metrics, self.collector)
+        reader = PeriodicExportingMetricReader(self._injecting, export_interval_millis=self._interval_s * 1e3)
         self._meter_provider = MeterProvider([reader], resource=self._resource, shutdown_on_exit=False)
         self._observe_itself(probe)
 
@@ -150,9 +159,13 @@ class Pipeline:
     def shutdown(self, timeout_s: float) -> None:
         """Collects and exports a last time, spans too, and returns after `timeout_s` at the latest."""
         deadline_s = time.monotonic() + timeout_s
-        watches = self._metric_watch, self._span_watch
-        for watch in watches:
-            watch.ending()
+        senders = [sender for sender in (self._metrics, self._traces) if sender]
+        for sender in senders:
+            sender.watch.ending()
+            sender.ending()
+        self._injecting.ending()
+        if self._handover:
+            self._handover.ending()
         spans_made, metrics_done = threading.Event(), threading.Event()
         self.collector.on_collected(spans_made.set)
 
@@ -170,6 +183,12 @@ class Pipeline:
             self.spans.close()
             provider.shutdown()
 
+        def let_go() -> None:
+            time.sleep(max(0.0, deadline_s - _LAST_ANSWERS_S - time.monotonic()))
+            for sender in senders:
+                sender.let_go()
+
+        threading.Thread(target=let_go, daemon=True).start()
         threads = [threading.Thread(target=flush_metrics, daemon=True)]
         if self._tracer_provider:
             threads.append(threading.Thread(target=flush_spans, args=(self._tracer_provider,), daemon=True))
@@ -177,5 +196,5 @@ class Pipeline:
             thread.start()
         for thread in threads:
             thread.join(max(0.0, deadline_s - time.monotonic()))
-        for watch in watches:
-            watch.conclude()
+        for sender in senders:
+            sender.watch.conclude()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from opentelemetry.context import Context
@@ -16,7 +18,7 @@ from opentelemetry.trace import SpanKind, Tracer
 from ..events import span_attributes
 from ..probe.layout import KIND_ROW, Event
 from ..series import AttributeSet
-from .diagnosis import Watch
+from .sending import Fate, Sender, fate
 
 SPAN_NAME = "tcp receive"
 
@@ -43,24 +45,62 @@ class Candidate:
 
 
 class Handover(SpanExporter):
-    """Passes spans on, and knows how many were handed over: the queue before it drops what does not fit, silently."""
+    """Passes spans on until the receiver has them, and knows how many it was handed.
 
-    def __init__(self, inner: SpanExporter, watch: Watch) -> None:
-        self._inner, self._watch = inner, watch
-        self.taken = 0
+    The SDK's processor forgets a batch that it has exported, whatever became of it, and so does its queue what finds no
+    room. So a batch that may still be delivered is sent again and again here, while the queue fills behind it, and no
+    span is made that has no room there.
+    """
+
+    def __init__(self, sender: Sender[SpanExporter], pause_s: float) -> None:
+        """`pause_s`: between two attempts, unless the receiver asks for more."""
+        self._sender, self._pause_s = sender, pause_s
+        self._ending = threading.Event()
+        self._most = sys.maxsize  # spans in a request that the receiver takes
+        self.taken = self.rejected = 0
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        """Counts and exports a batch."""
+        """Returns when the receiver has them, refuses them for good, or the agent ends."""
         self.taken += len(spans)
-        return self._watch.run(lambda: self._inner.export(spans), SpanExportResult.SUCCESS)
+        left = deque(spans)
+        result = SpanExportResult.SUCCESS
+        while left:
+            part = list(itertools.islice(left, self._most))
+            before_the_end = not self._ending.is_set()
+            try:
+                ended = self._sender.send(part)
+            except Exception:
+                self.rejected += len(left)
+                raise
+            what = fate(ended)
+            if what is Fate.TOO_LARGE and len(part) > 1:
+                self._most = len(part) // 2
+                continue
+            self._sender.watch.tell(ended)
+            if what is Fate.FAILED and before_the_end:
+                self._ending.wait(max(self._pause_s, self._sender.hold_s()))
+                continue
+            for _ in part:
+                left.popleft()
+            if what is Fate.DELIVERED:
+                self.rejected += ended.rejected
+                continue
+            result = SpanExportResult.FAILURE
+            if what is not Fate.FAILED:
+                self.rejected += len(part)
+        return result
+
+    def ending(self) -> None:
+        """The agent is about to end: whatever waits is tried once more, at once."""
+        self._ending.set()
 
     def shutdown(self) -> None:
         """Shuts the exporter down."""
-        self._inner.shutdown()
+        self._sender.shutdown()
 
     def force_flush(self, timeout_millis: int = 30_000) -> bool:
         """Flushes the exporter."""
-        return self._inner.force_flush(timeout_millis)
+        return self._sender.exporter.force_flush(timeout_millis)
 
 
 class SpanBudget:
@@ -77,7 +117,7 @@ class SpanBudget:
         self._order = itertools.count()
         self._rows_lock, self._making_lock = threading.Lock(), threading.Lock()
         self._given = self._evicted = 0
-        self.suppressed = 0
+        self.suppressed = self._without_room = 0
 
     def offer_row(self, event: Event) -> None:
         """Remembers a pickup that waited MIN_US, if it is among the slowest of the interval so far."""
@@ -130,10 +170,11 @@ class SpanBudget:
         with self._making_lock:
             if self._tracer is None or self._handover is None:
                 return {}
-            room = self._room - (self._given - self._handover.taken)
-            budget = max(0, min(int(self._rate * elapsed_s) or int(self._rate > 0), room))
-            winners = heapq.nlargest(budget, distinct, key=lambda candidate: candidate.event.wait_ns)
-            self.suppressed += evicted + len(distinct) - len(winners)
+            room = max(0, self._room - (self._given - self._handover.taken))
+            budget = min(len(distinct), int(self._rate * elapsed_s) or int(self._rate > 0))
+            winners = heapq.nlargest(min(budget, room), distinct, key=lambda candidate: candidate.event.wait_ns)
+            self.suppressed += evicted + len(distinct) - budget
+            self._without_room += budget - len(winners)
             made = {candidate.key: self._make_span(self._tracer, candidate, unix_offset_ns) for candidate in winners}
         return {key: ids for key, ids in made.items() if ids}
 
@@ -153,6 +194,10 @@ class SpanBudget:
             return None
         self._given += 1
         return SpanIds(context.trace_id, context.span_id)
+
+    def dropped(self) -> Mapping[str, int]:
+        """Spans that the budget has allowed and no receiver gets, by reason."""
+        return {"queue_full": self._without_room, "rejected": self._handover.rejected if self._handover else 0}
 
     def close(self) -> None:
         """No span from now on: the exporter is about to be shut down."""

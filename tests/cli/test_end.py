@@ -63,6 +63,29 @@ def test_all_up_to_the_signal(number: int, metrics: str, tmp_path: pathlib.Path)
         )
 
 
+@pytest.mark.parametrize("metrics", ["grpc", "http/protobuf"])
+def test_while_exports_hang(metrics: str, tmp_path: pathlib.Path) -> None:
+    """A request of each signal gets no answer, as on a connection that a firewall forgot: all goes by new ones."""
+    with Receiver() as receiver, Listener() as listener:
+        environ = variables(receiver.grpc_endpoint, receiver.http_endpoint, metrics)
+        environ |= {"OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE": "delta"}
+        for signals in ("metrics", "traces"):
+            receiver.answer_with(Hang(60), signal=signals, count=1)
+        with Agent(tmp_path, ["-v", "-l", str(listener.port), "--span-rate", "100000", "0"], environ) as agent:
+            agent.wait_for_stderr("attached")
+            sender, reader = listener.connect()
+            deliver(sender, reader)
+            receiver.wait_for(lambda seen: len({one.signal for one in seen.requests}) == 2, 60)
+            for _ in range(20):
+                deliver(sender, reader)
+            began_s = time.monotonic()
+            assert agent.stop() == 0
+            assert time.monotonic() - began_s < MOST_S
+        assert told.check_balance(receiver) == {"received": 21, "observed": 21, "queued": 0}
+        assert len(receiver.spans()) == len(told.spans_by_id(receiver)) == 21
+        assert " delivered " not in agent.stderr
+
+
 @dataclass
 class _Ended:
     status: int

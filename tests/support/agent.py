@@ -28,8 +28,9 @@ class Agent:
         arguments: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
         python: Sequence[str] = (),
+        prefix: Sequence[str] = (),
     ) -> None:
-        """`folder` gets the output; `python` are options of the interpreter."""
+        """`folder` gets the output; `python` are options of the interpreter, `prefix` a command that becomes it."""
         base = {
             name: value
             for name, value in os.environ.items()
@@ -40,7 +41,7 @@ class Agent:
         self._stdout_path, self._stderr_path = folder / "stdout", folder / "stderr"
         self._files: list[IO[bytes]] = [path.open("wb") for path in (self._stdout_path, self._stderr_path)]
         self.process = subprocess.Popen(
-            [sys.executable, *python, "-m", "otel_tcppktlat", *arguments],
+            [*prefix, sys.executable, *python, "-m", "otel_tcppktlat", *arguments],
             env={**base, **defaults, **(environment or {})},
             stdout=self._files[0],
             stderr=self._files[1],

@@ -23,6 +23,7 @@ from opentelemetry.sdk.trace.export import SpanExportResult
 from otel_tcppktlat.demo.receiver import Receiver, ServerTls
 from otel_tcppktlat.telemetry import exporters
 from otel_tcppktlat.telemetry.diagnosis import Failure, Protocol, Target, Watch
+from otel_tcppktlat.telemetry.sending import Sender
 from support.agent import Agent
 from support.certificates import Certificates, make_certificates
 from telemetry import told
@@ -188,17 +189,19 @@ def attempt(
     span = TracerProvider().get_tracer("test").start_span("span")
     span.end()
     assert isinstance(span, ReadableSpan)
-    metric_exporter, span_exporter = exporters.make_metric_exporter(), exporters.make_span_exporter()
-    assert metric_exporter and span_exporter
-    metric_watch, span_watch = exporters.make_watch("metrics"), exporters.make_watch("traces")
+    make_metrics, make_spans = exporters.metric_exporter_maker(), exporters.span_exporter_maker()
+    assert make_metrics and make_spans
+    metrics = Sender(make_metrics, exporters.make_watch("metrics"), MetricExportResult.SUCCESS)
+    spans = Sender(make_spans, exporters.make_watch("traces"), SpanExportResult.SUCCESS)
     caplog.clear()
     worked = set()
     for _ in range(2):
-        metrics = metric_watch.run(lambda: metric_exporter.export(MetricsData([])), MetricExportResult.SUCCESS)
-        spans = span_watch.run(lambda: span_exporter.export([span]), SpanExportResult.SUCCESS)
-        worked |= {metrics is MetricExportResult.SUCCESS, spans is SpanExportResult.SUCCESS}
-    metric_exporter.shutdown()
-    span_exporter.shutdown()
+        for sender, data in ((metrics, MetricsData([])), (spans, [span])):
+            ended = sender.send(data)
+            sender.watch.tell(ended)
+            worked.add(ended.delivered)
+    metrics.shutdown()
+    spans.shutdown()
     (result,) = worked
     lines = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert SECRET not in caplog.text
@@ -353,7 +356,7 @@ def failing(watch: Watch, *failures: Failure | None) -> None:
         return failure is None
 
     for failure in failures:
-        watch.run(lambda failure=failure: export(failure), True)  # type: ignore[misc]
+        watch.tell(watch.attend(lambda failure=failure: export(failure), True))  # type: ignore[misc]
 
 
 def test_a_line_for_each_change(caplog: pytest.LogCaptureFixture) -> None:
@@ -391,7 +394,7 @@ def test_an_export_that_outlives_the_agent(caplog: pytest.LogCaptureFixture) -> 
         watch.note(Failure(500, "Oops"))
         return False
 
-    thread = threading.Thread(target=watch.run, args=(export, True))
+    thread = threading.Thread(target=lambda: watch.tell(watch.attend(export, True)))
     thread.start()
     begun.wait(60)
     watch.ending()
@@ -416,7 +419,7 @@ def test_a_third_partys_words_are_left_alone() -> None:
     logging.getLogger().addHandler(handler)
     try:
         exporters_logger.warning("theirs")
-        Watch(None).run(lambda: exporters_logger.warning("also theirs"), None)
+        Watch(None).attend(lambda: exporters_logger.warning("also theirs"), None)
     finally:
         logging.getLogger().removeHandler(handler)
     assert said == ["theirs", "also theirs"]

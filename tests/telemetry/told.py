@@ -18,7 +18,8 @@ from support.agent import Agent
 
 DURATION = "tcppktlat.receive_queue.duration"
 RECEIVED, SETTLED, QUEUED = (f"tcppktlat.segments.{name}" for name in ("received", "settled", "queued"))
-SUPPRESSED = "tcppktlat.spans.suppressed"
+SUPPRESSED, DROPPED = "tcppktlat.spans.suppressed", "tcppktlat.spans.dropped"
+REJECTED = "tcppktlat.points.rejected"
 BOOKS = (RECEIVED, SETTLED, QUEUED)
 DEFAULT_BOUNDS_S = tuple(float(f"{step}e{power}") for power in range(-6, 1) for step in (1, 2, 5)) + (10.0,)
 
@@ -91,10 +92,11 @@ def scene(
     host: str = "127.0.0.1",
     dual_stack: bool = False,
     side: str = "-l",
+    prefix: Sequence[str] = (),
 ) -> Iterator[Scene]:
     """Starts all three; returns when the agent counts.
 
-    side: whether the port is the local one of what is measured ("-l") or the remote one ("-r").
+    side: whether the port is the local one of what is measured ("-l") or the remote one ("-r"). prefix: the Agent's.
     """
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(Listener(host, dual_stack=dual_stack))
@@ -108,7 +110,9 @@ def scene(
             "OTEL_BSP_SCHEDULE_DELAY": "100",
             **(environment or {}),
         }
-        agent = stack.enter_context(Agent(folder, ["-v", side, str(listener.port), *arguments], variables))
+        agent = stack.enter_context(
+            Agent(folder, ["-v", side, str(listener.port), *arguments], variables, prefix=prefix)
+        )
         agent.wait_for_stderr("otel-tcppktlat: attached")
         yield Scene(listener, receiver, agent)
 
@@ -221,6 +225,11 @@ def check_balance(receiver: Receiver) -> dict[str, int]:
     assert said["received"] == sum(said.values()) - said["received"], said
     assert said.get("observed", 0) == waits(receiver).count, said
     return said
+
+
+def dropped(receiver: Receiver, reason: str) -> int:
+    """Spans that no receiver gets, by reason."""
+    return number(receiver, DROPPED, tcppktlat_reason=reason)
 
 
 def length_ns(span: SpanRecord) -> int:

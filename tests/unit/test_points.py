@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 from unittest import mock
+from urllib.parse import urlsplit
 
 import pytest
 from hypothesis import given, settings
@@ -35,13 +36,15 @@ from otel_tcppktlat.probe.probe import Delta, Harvest, Probe, Series
 from otel_tcppktlat.series import SeriesTotals, Totals
 from otel_tcppktlat.telemetry import collector as collector_module
 from otel_tcppktlat.telemetry.collector import Collector, Temporality
-from otel_tcppktlat.telemetry.diagnosis import Watch
+from otel_tcppktlat.telemetry.diagnosis import Failure, Target, Watch
 from otel_tcppktlat.telemetry.injection import InjectingExporter
 from otel_tcppktlat.telemetry.points import Acknowledged, histogram_data, histogram_point, most_encoded_bytes
+from otel_tcppktlat.telemetry.sending import Sender
 from otel_tcppktlat.telemetry.spans import SpanBudget
 
 CUMULATIVE, DELTA = AggregationTemporality.CUMULATIVE, AggregationTemporality.DELTA
-DURATION, RECEIVED, SETTLED = collector_module.DURATION, "tcppktlat.segments.received", "tcppktlat.segments.settled"
+DURATION, REJECTED = collector_module.DURATION, collector_module.REJECTED
+RECEIVED, SETTLED = "tcppktlat.segments.received", "tcppktlat.segments.settled"
 BUCKETS = {"explicit": explicit_buckets((0.001, 0.01, 0.1)), "exponential": exponential_buckets()}
 
 
@@ -84,19 +87,27 @@ class MadeUp:
 
 
 class Answers(MetricExporter):
-    """Encodes each request as OTLP and keeps those that are to succeed."""
+    """Encodes each request as OTLP; keeps those that are to succeed, and those that are to be refused for good."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.fail: list[bool] = []
+        self.next: list[int] = []  # HTTP statuses
         self.requests: list[list[Point]] = []
+        self.refused: list[list[Point]] = []
+        names = dict.fromkeys(("HEADERS", "PROTOCOL", "TIMEOUT", "ENDPOINT"), "VARIABLE")
+        self.watch = Watch(Target("metrics", "http/protobuf", urlsplit("http://h/v1/metrics"), False, [], names))
 
     def export(self, metrics_data: MetricsData, timeout_millis: float = 10_000, **kwargs: Any) -> MetricExportResult:
-        message = encode_metrics(metrics_data)
-        if self.fail and self.fail.pop(0):
-            return MetricExportResult.FAILURE
-        self.requests.append(points_of(message))
-        return MetricExportResult.SUCCESS
+        points = points_of(encode_metrics(metrics_data))
+        status = self.next.pop(0) if self.next else 200
+        if status == 200:
+            self.requests.append(points)
+            return MetricExportResult.SUCCESS
+        parts = sum(point.name == DURATION for point in points) + any(point.name != DURATION for point in points)
+        if status == 400 or status == 413 and parts == 1:
+            self.refused.append(points)
+        self.watch.note(Failure(status, ""))
+        return MetricExportResult.FAILURE
 
     def force_flush(self, timeout_millis: float = 10_000) -> bool:
         return True
@@ -117,7 +128,7 @@ def counts_of(point: Point) -> Counter[int]:
 INTERVALS = st.lists(
     st.tuples(
         st.dictionaries(st.integers(0, 5), st.dictionaries(st.integers(0, 3), st.integers(1, 2**32), min_size=1)),
-        st.lists(st.booleans(), max_size=4),  # which of the requests fail
+        st.lists(st.sampled_from([200, 503, 400, 413]), max_size=4),  # how requests are answered
         st.booleans(),  # a sweep before
     ),
     max_size=8,
@@ -133,9 +144,9 @@ def test_nothing_is_lost_and_nothing_comes_twice(
     kind: str,
     temporality: AggregationTemporality,
     attributes: Sequence[str],
-    intervals: list[tuple[dict[int, dict[int, int]], list[bool], bool]],
+    intervals: list[tuple[dict[int, dict[int, int]], list[int], bool]],
 ) -> None:
-    """Failures hit any request of an interval; the last interval succeeds."""
+    """Failures hit any request of an interval; the last interval succeeds. What is refused for good is counted."""
     buckets, answers = BUCKETS[kind], Answers()
     probe = MadeUp(buckets)
     with mock.patch.object(collector_module, "BATCH_POINTS", 2):
@@ -143,11 +154,11 @@ def test_nothing_is_lost_and_nothing_comes_twice(
         collector = Collector(
             cast(Probe, probe), buckets, totals, SpanBudget(None, None, 0, 0, 1), Temporality(temporality, temporality)
         )
-        exporter = InjectingExporter(answers, collector.collect, Watch(None))
+        exporter = InjectingExporter(Sender(lambda: answers, answers.watch, MetricExportResult.SUCCESS), collector)
         nothing = MetricsData([ResourceMetrics(Resource({}), [], "")])
         truth: dict[frozenset[tuple[str, Any]], Counter[int]] = {}
-        for interval, fail, sweep in [*intervals, ({}, [], False)]:
-            probe.next, answers.fail = interval, list(fail)
+        for interval, statuses, sweep in [*intervals, ({}, [], False), ({}, [], False)]:
+            probe.next, answers.next = interval, list(statuses)
             for number, counts in interval.items():
                 known = {"process.pid": 100 + number // 2, "server.port": 1000 + number % 2}
                 key = frozenset((name, known[name]) for name in attributes)
@@ -161,9 +172,11 @@ def test_nothing_is_lost_and_nothing_comes_twice(
     sums: Counter[frozenset[tuple[str, Any]]] = Counter()
     numbers: Counter[str] = Counter()
     ended: dict[tuple[str, frozenset[tuple[str, Any]]], int] = {}
-    for point in (point for request in answers.requests for point in request):
+    refused = [point for request in answers.refused for point in request]
+    lost = refused if temporality == DELTA else []
+    for point in [*lost, *(point for request in answers.requests for point in request)]:
         key = frozenset(point.attributes.items())
-        if temporality == DELTA and point.name != "tcppktlat.segments.queued":
+        if temporality == DELTA and point.name != "tcppktlat.segments.queued" and not refused:
             assert ended.get((point.name, key), point.start_unix_ns) == point.start_unix_ns
             ended[point.name, key] = point.time_unix_ns
         if point.name == DURATION:
@@ -176,6 +189,8 @@ def test_nothing_is_lost_and_nothing_comes_twice(
     assert told == truth
     assert sums == {key: sum(counts.values()) for key, counts in truth.items()}
     assert numbers == Counter({RECEIVED: probe.observed + 3, SETTLED: probe.observed})
+    rejected = [int(point.value or 0) for request in answers.requests for point in request if point.name == REJECTED]
+    assert (sum(rejected) if temporality == DELTA else rejected[-1]) == len(refused)
 
 
 OVERFLOW: frozenset[tuple[str, Any]] = frozenset({("otel.metric.overflow", True)})

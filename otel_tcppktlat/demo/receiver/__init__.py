@@ -24,7 +24,7 @@ from .faults import (
 from .receiver import Receiver
 from .records import ExemplarRecord, Kind, Point, Request, SpanRecord, Temporality
 from .tls import ServerTls
-from .views import points_of
+from .views import points_of, spans_of
 
 __all__ = [
     "Delay",
@@ -44,4 +44,5 @@ __all__ = [
     "Temporality",
     "Unavailable",
     "points_of",
+    "spans_of",
 ]
