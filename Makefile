@@ -2,6 +2,7 @@
 # make test   all tests, ruff and mypy
 # make backends  Prometheus, Jaeger and a Collector for the tests (make test builds them, too)
 # make kernels  the kernel tests on five kernels, in virtual machines (QUICK=1: does it load and count?)
+# make fuzz   10^6 records of any content through everything behind the kernel (make test does fewer)
 # make bench  what it costs, against the alternatives
 # make venv   .venv/bin/otel-tcppktlat, and bcc from the distribution
 
@@ -12,7 +13,7 @@ SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 BESIDE := tests/kernel/test_other_kernels.py tests/telemetry
 AS_ROOT := $(if $(SUDO),$(SUDO) --preserve-env,)
 
-.PHONY: run test test-tempo backends kernels bench venv lint bcc clean
+.PHONY: run test test-tempo backends kernels fuzz bench venv lint bcc clean
 
 run: venv
 	@$(AS_ROOT) $(VENV)/bin/python -m otel_tcppktlat.demo
@@ -22,6 +23,9 @@ venv: bcc $(VENV)/.installed
 test: bcc test-tools $(VENV)/.installed-test lint backends
 	$(AS_ROOT) sh -c '$(VENV)/bin/python -m pytest -q $(BESIDE) & beside=$$!; \
 	  $(VENV)/bin/python -m pytest $(addprefix --ignore ,$(BESIDE)); rest=$$?; wait $$beside && exit $$rest'
+
+fuzz: bcc $(VENV)/.installed-test
+	$(AS_ROOT) env FUZZ_RECORDS=1000000 $(VENV)/bin/python -m pytest -s tests/kernel/test_any_content.py
 
 lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .

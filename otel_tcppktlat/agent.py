@@ -50,17 +50,21 @@ def _probe_options(settings: Settings) -> ProbeOptions:
 
 
 class _StopSignals:
-    """SIGTERM and SIGINT as a descriptor that becomes readable."""
+    """SIGTERM, SIGINT and SIGHUP as a descriptor that becomes readable.
+
+    It has no configuration to read again: SIGHUP means that its terminal is gone, unless nohup(1) has it ignored.
+    """
 
     def __init__(self) -> None:
         self.fd, write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda _number, _frame: None)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, lambda _number, _frame: None)
 
 
 def run(settings: Settings) -> None:
-    """Runs until SIGTERM or SIGINT. Raises ProbeError, SettingsError or OSError, none of which needs a traceback."""
+    """Runs until told to stop. Raises ProbeError, SettingsError or OSError, none of which needs a traceback."""
     account = _account(settings.user)
     table = _table(settings) if settings.table else None
     listeners: list[Callable[[Event], None]] = [table.row] if table else []
@@ -121,7 +125,7 @@ def run(settings: Settings) -> None:
 def _table(settings: Settings) -> Table:
     if sys.stdout is None:
         raise OSError("standard output is closed: there is nowhere to print the table")
-    return Table(sys.stdout.fileno(), settings.timestamp, settings.wide, sys.stdout.encoding)
+    return Table(sys.stdout.fileno(), settings.timestamp, settings.wide, sys.stdout.encoding, beside=settings.export)
 
 
 def _account(user: str) -> pwd.struct_passwd:

@@ -175,8 +175,10 @@ def main() -> NoReturn:
     try:
         if sys.stdout:
             sys.stdout.flush()
-    except OSError:
+    except BrokenPipeError:
         pass  # the reader has seen enough
+    except OSError as error:
+        status = status or _complain(OSError(f"standard output: {error.strerror}"), 1)
     os._exit(status)  # exporters' threads that hang on a collector must not keep the process
 
 

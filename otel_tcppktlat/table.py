@@ -14,6 +14,7 @@ from .probe.layout import Event
 from .text import address_text, printable
 
 MOST_PENDING_BYTES, WORTH_WRITING_BYTES = 1 << 20, 1 << 14
+_QUIET_S = 10.0  # between two lines about lost rows
 _PIPE_BUF = 4096  # a pipe that is ready takes as much without blocking
 
 _End = tuple[str, object]  # address and port
@@ -25,17 +26,21 @@ _log = logging.getLogger(__name__)
 class Table:
     """Prints events as rows, tcppktlat's columns. `wide` adds the thread id and room for IPv6 addresses.
 
-    Whoever reads the output slowly, or not at all, delays nothing: rows wait, and beyond 1 MiB they are lost.
+    Whoever reads the output slowly, or not at all, delays nothing: rows wait, and beyond 1 MiB they are lost. `beside`:
+    an export goes on whatever becomes of the output, and rows wait while its disk is full.
     """
 
     fd: int
     timestamp: bool = False
     wide: bool = False
     encoding: str = "utf-8"
+    beside: bool = False
 
     def __post_init__(self) -> None:
         self._pending = bytearray()
         self._lost = 0
+        self._said_lost_s = -_QUIET_S
+        self._trouble = ""
         self._lock = threading.Lock()  # rows come from whoever polls or harvests
         self._ready = select.poll()
         self._ready.register(self.fd, select.POLLOUT)
@@ -77,12 +82,29 @@ class Table:
         )
 
     def flush(self, timeout_s: float = 0.0) -> None:
-        """Writes what the output takes now, or within `timeout_s`. Raises BrokenPipeError when nobody reads it."""
+        """Writes what the output takes now, or within `timeout_s`.
+
+        Raises BrokenPipeError when nobody reads it, and OSError for other reasons, unless an export goes on beside.
+        """
+        trouble = ""
         with self._lock:
-            self._write(timeout_s)
-            lost, self._lost = self._lost, 0
+            try:
+                self._write(timeout_s)
+            except BrokenPipeError:
+                raise
+            except OSError as error:
+                trouble = f"standard output: {error.strerror}"
+            due = timeout_s or time.monotonic() - self._said_lost_s >= _QUIET_S
+            lost = self._lost if due else 0
+            self._lost -= lost
         if lost:
-            _log.warning("%d rows lost: whoever reads the table is too slow", lost)
+            self._said_lost_s = time.monotonic()
+            _log.warning("%d rows lost: nobody reads the table as fast as it grows", lost)
+        if trouble and not self.beside:
+            raise OSError(trouble)
+        if trouble not in ("", self._trouble):
+            _log.warning("%s; the table waits, the export goes on", trouble)
+        self._trouble = trouble
 
     def _write(self, timeout_s: float) -> None:
         deadline_s = time.monotonic() + timeout_s

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import pathlib
+import secrets
+import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -46,6 +50,13 @@ def bpf_folder() -> pathlib.Path:
     raise ProbeError("the BPF programs are missing from this installation: install otel-tcppktlat again")
 
 
+def _unanswered(status: int) -> str:
+    if status < 0:
+        what = f"signal {-status} ({signal.strsignal(-status)})"
+        return f"{what} ended the loader while it compiled; if it was for want of memory, the kernel's log says so"
+    return f"the loader ended without an answer (status {status})"
+
+
 class Loader:
     """One loader process, running beside the caller until `finish`."""
 
@@ -58,6 +69,8 @@ class Loader:
                 f"there is no Python to run the loader with: install {DISTRIBUTION_PYTHON} and python3-bpfcc"
             )
         self._channel, theirs = socket.socketpair()
+        # A name alone: the loader makes the folder, and removes it. If the loader is killed, _close() does.
+        self._scratch = os.path.join(tempfile.gettempdir(), f"otel-tcppktlat-{secrets.token_hex(8)}")
         # A file, not a pipe: a verifier's log is larger than a pipe that nobody reads yet.
         self._stderr = tempfile.TemporaryFile()
         with theirs:
@@ -70,25 +83,24 @@ class Loader:
                 cwd="/",  # bcc changes to it and back, and this one may be out of the user's reach
                 start_new_session=True,  # Ctrl-C is for the agent, which then ends the loader
             )
-        self._channel.sendall(json.dumps({"bpf": str(bpf_folder()), **request}).encode() + b"\n")
+        with contextlib.suppress(ConnectionError):  # it has ended already: finish() says how
+            full = {"bpf": str(bpf_folder()), "scratch": self._scratch, **request}
+            self._channel.sendall(json.dumps(full).encode() + b"\n")
 
     def _receive(self) -> tuple[dict[str, Any], list[int], str]:
         text = b""
         descriptors: list[int] = []
-        while not text.endswith(b"\n"):
-            data, fds, _flags, _address = socket.recv_fds(self._channel, 65536, _MAX_DESCRIPTORS)
-            text, descriptors = text + data, descriptors + list(fds)
-            if not data:
-                break
+        with contextlib.suppress(ConnectionError):  # it ended before it had read the request
+            while not text.endswith(b"\n"):
+                data, fds, _flags, _address = socket.recv_fds(self._channel, 65536, _MAX_DESCRIPTORS)
+                text, descriptors = text + data, descriptors + list(fds)
+                if not data:
+                    break
         self._child.wait()
         self._stderr.seek(0)
         stderr = self._stderr.read()
         self._close()
-        answer = (
-            json.loads(text)
-            if text
-            else {"error": f"the loader ended without an answer (status {self._child.returncode})"}
-        )
+        answer = json.loads(text) if text.endswith(b"\n") else {"error": _unanswered(self._child.returncode)}
         return answer, descriptors, stderr.decode(errors="replace")
 
     def fileno(self) -> int:
@@ -119,3 +131,4 @@ class Loader:
     def _close(self) -> None:
         self._channel.close()
         self._stderr.close()
+        shutil.rmtree(self._scratch, ignore_errors=True)

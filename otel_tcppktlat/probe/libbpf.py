@@ -81,9 +81,15 @@ class Map:
         _check(result, "map look-up")
         return self._value.raw
 
-    def update(self, key: bytes | None, value: bytes) -> None:
-        """Sets a value; with no key, pushes to a queue."""
+    def update(self, key: bytes, value: bytes) -> None:
+        """Sets a value."""
         _check(self._lib.bpf_map_update_elem(self.fd, key, value, 0), "map update")
+
+    def push(self, value: bytes) -> None:
+        """Adds to a queue; one that is full stays as it is."""
+        result = self._lib.bpf_map_update_elem(self.fd, None, value, 0)
+        if result != -errno.E2BIG:
+            _check(result, "map update")
 
     def delete(self, key: bytes) -> None:
         """Deletes a key; one that is not there is as good."""

@@ -36,6 +36,7 @@ DRAIN_CHUNKS = 56  # a program's share of a long queue; 33 tail calls of it drai
 RING_BYTES = 1 << 20
 _ZERO_KEY = bytes(4)
 _AHEAD_NS = 5_000_000
+_MOST = 2**63 - 1  # that OTLP's integers hold
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ class Probe:
         self._slowest: tuple[dict[tuple[int, int], Event], ...] = ({}, {})  # of each side, by (series, bucket)
         self._live: dict[int, Series] = {}
         self._retiring: dict[int, int] = {}  # index: intervals until its last count is in
-        self._gone_seen = 0
+        self._gone_seen = self._implausible = 0
         self._ring = RingBuffer(self._libbpf, loaded.descriptors["map:events"], self._receive)
         return loaded
 
@@ -183,7 +184,10 @@ class Probe:
             return self._ring.consume()
 
     def _receive(self, record: bytes) -> None:
-        event = Event.from_buffer_copy(record)
+        event = self._plausible(record)
+        if event is None:
+            self._implausible += 1
+            return
         if event.kind & KIND_ROW and self._on_row:
             self._on_row(event)
         if event.kind & KIND_EXEMPLAR:
@@ -192,14 +196,24 @@ class Probe:
             if known is None or known.wait_ns < event.wait_ns:
                 slowest[event.series, event.bucket] = event
 
+    def _plausible(self, record: bytes) -> Event | None:
+        """The event, unless what the kernel never says would break what is made of it: times and indexes."""
+        if len(record) != ct.sizeof(Event):
+            return None
+        event = Event.from_buffer_copy(record)
+        known = event.side < 2 and event.series < self._options.max_series
+        known = known and event.bucket <= len(self._options.bounds_ns)
+        return event if known and event.wait_ns <= event.picked_ns <= time.monotonic_ns() else None
+
     def books(self) -> dict[str, int]:
-        """The books, summed over the CPUs."""
+        """The books, summed over the CPUs. Events that made no sense are lost, too."""
         raw = self._books.lookup(_ZERO_KEY)
         assert raw is not None
         size = ct.sizeof(Books)
         per_cpu = [struct.unpack_from(f"<{size // 8}Q", raw, cpu * size) for cpu in range(self._cpus)]
         names = [field[0] for field in Books._fields_]
-        summed = dict(zip(names, map(sum, zip(*per_cpu, strict=True)), strict=True))
+        summed = {name: min(sum(counts), _MOST) for name, *counts in zip(names, *per_cpu, strict=True)}
+        summed["events_lost"] = min(summed["events_lost"] + self._implausible, _MOST)
         del summed["copy"]
         return summed
 
@@ -243,9 +257,7 @@ class Probe:
     def _read_series(self) -> None:
         for key, value in self._series.items():
             (index,) = struct.unpack("<I", value)
-            if index not in self._live:
-                identity = self._identities.lookup(value)
-                assert identity is not None
+            if index not in self._live and (identity := self._identities.lookup(value)):
                 self._live[index] = Series(SeriesKey.from_buffer_copy(key), Identity.from_buffer_copy(identity))
 
     def _read_histograms(self, side: int) -> list[Delta]:
@@ -275,7 +287,7 @@ class Probe:
                 self._retiring[index] = left - 1
                 continue
             del self._retiring[index], self._live[index]
-            self._free_series.update(None, struct.pack("<I", index))
+            self._free_series.push(struct.pack("<I", index))
         counted = self.books()["processes_gone"]
         if counted == self._gone_seen:
             return

@@ -318,6 +318,8 @@ class Collector:
             known: tuple[float, int] = (0, self._started_unix_ns)
             if temporality == DELTA:
                 known = self._acknowledged_numbers.get(number.key, known)
-            points.append(number_point(number.attributes, number.value - known[0], known[1], unix_ns))
+            grown = number.value - known[0]
+            grown = max(0, grown) if number.monotonic else grown
+            points.append(number_point(number.attributes, grown, known[1], unix_ns))
         data = Sum(points, temporality, first.monotonic)
         return Metric(first.metric, first.description, first.unit, data)

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: all up to then is exported, and the end comes within seconds whatever the collector does."""
+"""SIGTERM, SIGINT, SIGHUP: all up to then is exported, and the end comes within seconds whatever the collector does."""
 
 from __future__ import annotations
 
@@ -38,8 +38,15 @@ def variables(grpc: str, http: str, metrics: str) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("metrics", ["grpc", "http/protobuf"])
+@pytest.mark.parametrize(
+    ("number", "metrics"),
+    [
+        (signal.SIGTERM, "grpc"),
+        (signal.SIGTERM, "http/protobuf"),
+        (signal.SIGINT, "grpc"),
+        (signal.SIGHUP, "http/protobuf"),
+    ],
+)
 def test_all_up_to_the_signal(number: int, metrics: str, tmp_path: pathlib.Path) -> None:
     """No interval has ended before: histogram, books and spans come with the last flush."""
     with Receiver() as receiver, Listener() as listener:
@@ -155,12 +162,12 @@ def test_a_collector_that_does_not_answer(ended: dict[str, _Ended], case: str) -
     assert "Traceback" not in ended[case].stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_while_the_programs_are_compiled(number: int) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_while_the_programs_are_compiled(number: int, tmp_path: pathlib.Path) -> None:
     """Also when the signal goes to the whole group, as Ctrl-C does: it ends at once, and so does the compiler."""
     with subprocess.Popen(
         [sys.executable, "-m", "otel_tcppktlat", "--otlp", "http://127.0.0.1:9"],
-        env=environment(),
+        env=environment({"TMPDIR": str(tmp_path)}),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
@@ -175,3 +182,4 @@ def test_while_the_programs_are_compiled(number: int) -> None:
         assert agent.returncode == 0
         assert time.monotonic() - began_s < MOST_S
         assert not pathlib.Path(f"/proc/{loader}").exists()
+    assert list(tmp_path.iterdir()) == []

@@ -1,21 +1,23 @@
 """Entry point of the loader process: one request over a socket, one answer with descriptors, and out.
 
-The request is JSON: {"bpf": folder, "flavour": "auto"|"typed"|"raw", "defines": {name: number or null},
-"bounds_ns": [...], "limits": {"series": n, "chunks": n}}. The answer is JSON, too, with the descriptors as ancillary
+The request is JSON: {"bpf": folder, "scratch": folder to make and remove, "flavour": "auto"|"typed"|"raw",
+"defines": {name: number or null}, "bounds_ns": [...], "limits": {"series": n, "chunks": n}}. The answer is JSON, too, with the descriptors as ancillary
 data: {"flavour", "offsets", "ids", "descriptors": [name...], "seconds": {...}} or {"error": line}.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes as ct
 import json
 import os
 import pathlib
+import shutil
 import socket
 import struct
 import sys
-import tempfile
 import time
+from collections.abc import Iterator
 from typing import Any, Optional
 
 from . import START
@@ -126,6 +128,16 @@ def _with_host_ids(defines: dict[str, Any], host_ids: Optional[HostIds]) -> dict
     return found
 
 
+@contextlib.contextmanager
+def _folder(path: str) -> Iterator[str]:
+    """Makes it, for as long as this lasts. Whoever started the loader chose the name, and removes it if this cannot."""
+    os.mkdir(path, 0o700)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
     """Does what the request asks; raises Refusal, MissingField or LoadError."""
     _check_kernel()
@@ -154,7 +166,7 @@ def load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
             "this kernel has neither BTF (/sys/kernel/btf/vmlinux) nor headers "
             f"(/lib/modules/{os.uname().release}/build): install linux-headers-{os.uname().release}"
         )
-    with tempfile.TemporaryDirectory(prefix="otel-tcppktlat-") as tree:
+    with _folder(request["scratch"]) as tree:
         write_tree(pathlib.Path(tree))
         os.environ["BCC_KERNEL_SOURCE"] = tree
         defines, ids = request["defines"], "same"
