@@ -7,8 +7,6 @@ import json
 import logging
 import os
 import pathlib
-import secrets
-import shutil
 import signal
 import socket
 import subprocess
@@ -69,8 +67,6 @@ class Loader:
                 f"there is no Python to run the loader with: install {DISTRIBUTION_PYTHON} and python3-bpfcc"
             )
         self._channel, theirs = socket.socketpair()
-        # A name alone: the loader makes the folder, and removes it. If the loader is killed, _close() does.
-        self._scratch = os.path.join(tempfile.gettempdir(), f"otel-tcppktlat-{secrets.token_hex(8)}")
         # A file, not a pipe: a verifier's log is larger than a pipe that nobody reads yet.
         self._stderr = tempfile.TemporaryFile()
         with theirs:
@@ -84,8 +80,7 @@ class Loader:
                 start_new_session=True,  # Ctrl-C is for the agent, which then ends the loader
             )
         with contextlib.suppress(ConnectionError):  # it has ended already: finish() says how
-            full = {"bpf": str(bpf_folder()), "scratch": self._scratch, **request}
-            self._channel.sendall(json.dumps(full).encode() + b"\n")
+            self._channel.sendall(json.dumps({"bpf": str(bpf_folder()), **request}).encode() + b"\n")
 
     def _receive(self) -> tuple[dict[str, Any], list[int], str]:
         text = b""
@@ -131,4 +126,3 @@ class Loader:
     def _close(self) -> None:
         self._channel.close()
         self._stderr.close()
-        shutil.rmtree(self._scratch, ignore_errors=True)

@@ -33,17 +33,13 @@ BUCKETS = ProbeOptions(BOUNDS_NS).buckets
 
 # Runs under the distribution's Python: compiles functions that return constants, and prints them as JSON.
 COMPILE = """
-import json, os, pathlib, sys, tempfile
+import json, os, pathlib, sys
 folder, expressions = sys.argv[1], json.loads(sys.argv[2])
-sys.path.append(sys.argv[3])
-from otel_tcppktlat.probe.loader.shim import write_tree
 import bcc
-tree = tempfile.TemporaryDirectory()
-write_tree(pathlib.Path(tree.name))
-os.environ["BCC_KERNEL_SOURCE"] = tree.name
+os.environ["BCC_KERNEL_SOURCE"] = os.path.join(folder, "shim")
 maps = (pathlib.Path(folder) / "maps.h").read_text()
 text = maps + "".join(f"int value_{n}(void *ctx) {{ return {e}; }}\\n" for n, e in enumerate(expressions))
-flags = "TYPED=0 MAX_SERIES=16 MAX_CHUNKS=16 MAX_SOCKETS=16 COPIES=2 EVENTS_FD=0 BUCKETS=" + sys.argv[4]
+flags = "TYPED=0 MAX_SERIES=16 MAX_CHUNKS=16 MAX_SOCKETS=16 COPIES=2 EVENTS_FD=0 BUCKETS=" + sys.argv[3]
 program = bcc.BPF(text=text, cflags=["-D" + flag for flag in flags.split()])
 code = [program.dump_func(f"value_{n}") for n in range(len(expressions))]
 assert all(each[0] == 0xB7 for each in code), "mov r0, immediate"
@@ -61,14 +57,12 @@ def compiled() -> dict[str, int]:
             expressions.append(f"__builtin_offsetof(struct {name}, {field})")
             expressions.append(f"sizeof(((struct {name} *)0)->{field})")
     expressions += ["sizeof(struct histogram)", "__builtin_offsetof(struct histogram, bucket)"]
-    package = bpf_folder().parent
     command = [
         DISTRIBUTION_PYTHON,
         "-c",
         COMPILE,
         str(bpf_folder()),
         json.dumps(expressions),
-        str(package),
         str(BUCKETS),
     ]
     done = subprocess.run(command, capture_output=True, text=True)

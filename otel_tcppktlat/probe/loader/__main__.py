@@ -1,30 +1,26 @@
 """Entry point of the loader process: one request over a socket, one answer with descriptors, and out.
 
-The request is JSON: {"bpf": folder, "scratch": folder to make and remove, "flavour": "auto"|"typed"|"raw",
-"defines": {name: number or null}, "bounds_ns": [...], "limits": {"series": n, "chunks": n}}. The answer is JSON, too, with the descriptors as ancillary
+The request is JSON: {"bpf": folder, "flavour": "auto"|"typed"|"raw", "defines": {name: number or null},
+"bounds_ns": [...], "limits": {"series": n, "chunks": n}}. The answer is JSON, too, with the descriptors as ancillary
 data: {"flavour", "offsets", "ids", "descriptors": [name...], "seconds": {...}} or {"error": line}.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes as ct
 import json
 import os
 import pathlib
-import shutil
 import socket
 import struct
 import sys
 import time
-from collections.abc import Iterator
 from typing import Any, Optional
 
 from . import START
 from .btf import Btf, MissingField, as_flags, offsets_from_btf, offsets_from_headers
 from .pids import HostIds, in_host_namespace
 from .program import LoadError, Programs, kfunc_flags, read_source
-from .shim import write_tree
 
 MAPS = (
     "books", "processes", "series", "free_series", "identities", "histograms", "interval", "barrier",
@@ -128,16 +124,6 @@ def _with_host_ids(defines: dict[str, Any], host_ids: Optional[HostIds]) -> dict
     return found
 
 
-@contextlib.contextmanager
-def _folder(path: str) -> Iterator[str]:
-    """Makes it, for as long as this lasts. Whoever started the loader chose the name, and removes it if this cannot."""
-    os.mkdir(path, 0o700)
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
-
-
 def load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
     """Does what the request asks; raises Refusal, MissingField or LoadError."""
     _check_kernel()
@@ -166,26 +152,25 @@ def load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
             "this kernel has neither BTF (/sys/kernel/btf/vmlinux) nor headers "
             f"(/lib/modules/{os.uname().release}/build): install linux-headers-{os.uname().release}"
         )
-    with _folder(request["scratch"]) as tree:
-        write_tree(pathlib.Path(tree))
-        os.environ["BCC_KERNEL_SOURCE"] = tree
-        defines, ids = request["defines"], "same"
-        if not in_host_namespace():
-            ids = "translated" if btf else "unknown"
-            host_ids = HostIds(compile_program, bcc.BPF.RAW_TRACEPOINT, libbpf, btf) if btf else None
-            defines = _with_host_ids(defines, host_ids)
-        flags = [f"-D{name}" if value is None else f"-D{name}={value}" for name, value in defines.items()]
-        flags.append(f"-DSELF_INTERRUPTING={int(_kernel_version() < (6, 1))}")
-        flags += [f"-DTYPED={int(flavour == 'typed')}", *as_flags(offsets)]
-        if btf and flavour == "typed":
-            flags += kfunc_flags(btf)
-        events_fd = _create_ring_buffer(libbpf, defines["RING_BYTES"])
-        flags.append(f"-DEVENTS_FD={events_fd}")
-        text = read_source(pathlib.Path(request["bpf"]))
-        try:
-            bpf = bcc.BPF(text=text, cflags=flags)
-        except Exception as error:  # bcc raises a bare Exception
-            raise LoadError(f"bcc could not compile the programs or make their maps: {error}") from error
+    # A kernel source tree of a few tiny files: all that bcc needs to compile a program that reads fields by offset.
+    os.environ["BCC_KERNEL_SOURCE"] = os.path.join(request["bpf"], "shim")
+    defines, ids = request["defines"], "same"
+    if not in_host_namespace():
+        ids = "translated" if btf else "unknown"
+        host_ids = HostIds(compile_program, bcc.BPF.RAW_TRACEPOINT, libbpf, btf) if btf else None
+        defines = _with_host_ids(defines, host_ids)
+    flags = [f"-D{name}" if value is None else f"-D{name}={value}" for name, value in defines.items()]
+    flags.append(f"-DSELF_INTERRUPTING={int(_kernel_version() < (6, 1))}")
+    flags += [f"-DTYPED={int(flavour == 'typed')}", *as_flags(offsets)]
+    if btf and flavour == "typed":
+        flags += kfunc_flags(btf)
+    events_fd = _create_ring_buffer(libbpf, defines["RING_BYTES"])
+    flags.append(f"-DEVENTS_FD={events_fd}")
+    text = read_source(pathlib.Path(request["bpf"]))
+    try:
+        bpf = bcc.BPF(text=text, cflags=flags)
+    except Exception as error:  # bcc raises a bare Exception
+        raise LoadError(f"bcc could not compile the programs or make their maps: {error}") from error
     compiled = time.monotonic()
     maps = {"events": events_fd, **{name: int(bpf[name].map_fd) for name in MAPS}}
     programs = Programs(bpf, bcc.BPF.RAW_TRACEPOINT, libbpf, btf if flavour == "typed" else None)

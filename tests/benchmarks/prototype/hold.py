@@ -10,12 +10,10 @@ import ctypes as ct
 import os
 import pathlib
 import sys
-import tempfile
 from collections.abc import Callable
 from typing import Any
 
 from otel_tcppktlat.probe.loader.btf import Btf
-from otel_tcppktlat.probe.loader.shim import write_tree
 
 HERE = pathlib.Path(__file__).parent
 SERIES = 2048
@@ -73,10 +71,8 @@ def _compile(name: str, typed: bool, btf: Btf) -> Any:
         f"-DTYPED={int(typed)}",
         *(f"-DOFF_{struct}_{member}={btf.offset(struct, member)}" for struct, member in FIELDS),
     ]
-    with tempfile.TemporaryDirectory() as tree:
-        write_tree(pathlib.Path(tree))
-        os.environ["BCC_KERNEL_SOURCE"] = tree
-        return BPF(text=text, cflags=flags)
+    os.environ["BCC_KERNEL_SOURCE"] = str(HERE.parents[2] / "bpf" / "shim")
+    return BPF(text=text, cflags=flags)
 
 
 def hold(name: str, flavour: str) -> list[int]:

@@ -1,0 +1,2 @@
+#pragma once
+struct pt_regs { unsigned long r[21]; };
