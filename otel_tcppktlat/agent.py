@@ -74,6 +74,8 @@ def run(settings: Settings) -> None:
             listener(event)
 
     stop = _StopSignals()
+    if os.geteuid() != 0:
+        privileges.hand_down()  # to the loader
     probe = Probe(_probe_options(settings), on_row)
     try:
         privileges.no_new_privileges()

@@ -7,9 +7,9 @@ import os
 import pathlib
 import pwd
 
-CAP_BPF = 39
+CAP_SYS_RESOURCE, CAP_PERFMON, CAP_BPF = 24, 38, 39
 _CAPABILITY_VERSION_3 = 0x20080522
-_PR_SET_KEEPCAPS, _PR_SET_NO_NEW_PRIVS = 8, 38
+_PR_SET_KEEPCAPS, _PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE = 8, 38, 47, 2
 
 _libc = ct.CDLL(None, use_errno=True)
 
@@ -35,6 +35,20 @@ def set_capabilities(*capabilities: int) -> None:
         data[word].permitted |= 1 << bit
         data[word].effective |= 1 << bit
     _check(_libc.capset(ct.byref(_Header(_CAPABILITY_VERSION_3, 0)), data), "capset")
+
+
+def hand_down() -> None:
+    """Lets programs that this thread starts have what loading takes, where it comes from this one's file."""
+    data = (_Data * 2)()
+    _check(_libc.capget(ct.byref(_Header(_CAPABILITY_VERSION_3, 0)), data), "capget")
+    for capability in (CAP_SYS_RESOURCE, CAP_PERFMON, CAP_BPF):
+        word, bit = divmod(capability, 32)
+        data[word].inheritable |= data[word].permitted & 1 << bit
+    _check(_libc.capset(ct.byref(_Header(_CAPABILITY_VERSION_3, 0)), data), "capset")
+    for capability in (CAP_SYS_RESOURCE, CAP_PERFMON, CAP_BPF):
+        word, bit = divmod(capability, 32)
+        if data[word].inheritable & data[word].permitted & 1 << bit:
+            _check(_libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE, capability, 0, 0), "prctl")
 
 
 def account(user: str) -> pwd.struct_passwd:

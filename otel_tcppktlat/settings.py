@@ -106,8 +106,17 @@ def check_endpoint(url: str) -> str:
     except ValueError:
         valid = False
     if not valid:
-        raise SettingsError(f"{url!r} is not a collector's address: write http://HOST:4317, or https:// for TLS")
+        shown = _without_secrets(url)
+        raise SettingsError(f"{shown!r} is not a collector's address: write http://HOST:4317, or https:// for TLS")
     return url
+
+
+def _without_secrets(url: str) -> str:
+    """What may be printed of an address, which need not be a valid one: no user, no password, no query."""
+    url, query, _ = url.partition("?")
+    private, at, host = url.rpartition("@")
+    scheme, slashes, _ = private.rpartition("://")
+    return scheme + slashes + ("***@" if at else "") + host + (query and "?***")
 
 
 def parse_attributes(text: str) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Do the programs load on this kernel, and count right? Prints one line per flavour; exit status 0 if so.
+"""Do the programs load on this kernel, and count right? May a plain user start the agent? Prints a line for each.
 
     tests/support/run_on_kernel.py 5.10 -- /usr/bin/python3 tests/kernel/on_kernel.py raw
     tests/support/run_on_kernel.py 7.x -- /usr/bin/python3 tests/kernel/on_kernel.py typed raw
@@ -10,18 +10,22 @@ from __future__ import annotations
 
 import os
 import pathlib
+import re
 import socket
 import struct
+import subprocess
 import sys
+import tempfile
 import time
 
 sys.path[:0] = map(str, pathlib.Path(__file__).resolve().parents[1:3])
 
 from otel_tcppktlat import privileges  # noqa: E402
 from otel_tcppktlat.probe.probe import Probe, ProbeOptions  # noqa: E402
-from support.kernels import flavours  # noqa: E402
+from support.installed import install  # noqa: E402
+from support.kernels import flavours, kernel_version  # noqa: E402
 
-PORT = 47718
+PORT = 17718  # below those that connect() chooses
 BOUNDS_NS = tuple(digit * 10**power for power in range(3, 10) for digit in (1, 2, 5)) + (10**10,)
 
 
@@ -62,7 +66,7 @@ def check_unprivileged(probe: Probe) -> None:
             probe.statistics()
             lines = pathlib.Path("/proc/thread-self/status").read_text().splitlines()
             effective = next(int(line.split()[1], 16) for line in lines if line.startswith("CapEff"))
-            old = tuple(map(int, os.uname().release.split(".")[:2])) < (5, 19)
+            old = kernel_version() < (5, 19)
             assert os.getuid() == 65534 and kept == old
             assert effective == (1 << privileges.CAP_BPF if old else 0), hex(effective)
             status = 0
@@ -113,8 +117,46 @@ def check(flavour: str) -> None:
     probe.close()
 
 
+LOCKED, UNLIMITED = (["prlimit", f"--memlock={limit}"] for limit in ("65536:65536", "unlimited"))
+# Capabilities, the limit of locked memory, and whether that is enough. Before 5.11 maps count as locked memory.
+GRANTS: dict[str, tuple[str, list[str], bool]] = {"CAP_BPF, CAP_PERFMON": ("bpf,+perfmon", LOCKED, True)}
+if kernel_version() < (5, 11):
+    GRANTS = {
+        "CAP_BPF, CAP_PERFMON": ("bpf,+perfmon", LOCKED, False),
+        "CAP_BPF, CAP_PERFMON, CAP_SYS_RESOURCE": ("bpf,+perfmon,+sys_resource", LOCKED, True),
+        "CAP_BPF, CAP_PERFMON, no limit of locked memory": ("bpf,+perfmon", UNLIMITED, True),
+    }
+
+
+def check_plain_user(folder: pathlib.Path) -> None:
+    """The agent as a user who is not root, with these capabilities alone: whether it starts, and what it keeps."""
+    environment = install(folder)
+    for name, (granted, limit, enough) in GRANTS.items():
+        grant = [f"--{kind}=-all,+{granted}" for kind in ("bounding-set", "inh-caps", "ambient-caps")]
+        user = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--no-new-privs", *grant]
+        command = [*limit, *user, sys.executable, "-m", "otel_tcppktlat", "-v", "-l", str(PORT)]
+        with subprocess.Popen(
+            command, env=environment, cwd="/", stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        ) as agent:
+            assert agent.stderr
+            said = []
+            for line in agent.stderr:
+                said.append(line)
+                if line == "otel-tcppktlat: attached\n":
+                    status = pathlib.Path(f"/proc/{agent.pid}/status").read_text()
+                    kept = {int(one.split()[1], 16) for one in status.splitlines() if re.match("Cap(Prm|Eff)", one)}
+                    assert kept == {1 << privileges.CAP_BPF if kernel_version() < (5, 19) else 0}, kept
+                    agent.terminate()
+        assert agent.returncode == (0 if enough else 1), said
+        if not enough:
+            assert "LimitMEMLOCK" in said[-1] and "CAP_SYS_RESOURCE" in said[-1], said
+        print(f"{os.uname().release} user with {name}: {'starts' if enough else 'refused'}", flush=True)
+
+
 rows: list = []  # type: ignore[type-arg]
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or flavours():
         check(name)
+    with tempfile.TemporaryDirectory() as scratch:
+        check_plain_user(pathlib.Path(scratch))

@@ -11,6 +11,7 @@ import ctypes as ct
 import json
 import os
 import pathlib
+import resource
 import socket
 import struct
 import sys
@@ -92,11 +93,22 @@ def _headers_installed() -> bool:
     )
 
 
+def _memory_advice() -> str:
+    """What may be the matter when there are no maps to be had: before 5.11 they count as locked memory."""
+    limit_bytes = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    if _kernel_version() >= (5, 11) or limit_bytes == resource.RLIM_INFINITY:
+        return ""
+    return (
+        f"; before Linux 5.11 they count as locked memory, of which {limit_bytes} bytes are allowed: raise that limit "
+        "(ulimit -l unlimited, systemd's LimitMEMLOCK=infinity), or grant CAP_SYS_RESOURCE as well"
+    )
+
+
 def _create_ring_buffer(libbpf: ct.CDLL, size_bytes: int) -> int:
     libbpf.bpf_map_create.argtypes = [ct.c_int, ct.c_char_p, ct.c_uint32, ct.c_uint32, ct.c_uint32, ct.c_void_p]
     fd = int(libbpf.bpf_map_create(MAP_TYPE_RINGBUF, b"events", 0, 0, size_bytes, None))
     if fd < 0:
-        raise LoadError(f"cannot make the ring buffer: {os.strerror(-fd)}")
+        raise LoadError(f"cannot make the ring buffer: {os.strerror(-fd)}{_memory_advice()}")
     return fd
 
 
@@ -170,7 +182,8 @@ def load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
     try:
         bpf = bcc.BPF(text=text, cflags=flags)
     except Exception as error:  # bcc raises a bare Exception
-        raise LoadError(f"bcc could not compile the programs or make their maps: {error}") from error
+        what = f"bcc could not compile the programs or make their maps: {error}{_memory_advice()}"
+        raise LoadError(what) from error
     compiled = time.monotonic()
     maps = {"events": events_fd, **{name: int(bpf[name].map_fd) for name in MAPS}}
     programs = Programs(bpf, bcc.BPF.RAW_TRACEPOINT, libbpf, btf if flavour == "typed" else None)
