@@ -25,6 +25,7 @@ from ..settings import SettingsError, check_endpoint_variable
 from .diagnosis import Failure, Protocol, Target, Watch, check_response, note_failure, note_partial_success
 
 Signal = Literal["metrics", "traces"]
+_SIGNALS: tuple[Signal, ...] = ("metrics", "traces")
 _TLS_FILES = ("CERTIFICATE", "CLIENT_CERTIFICATE", "CLIENT_KEY")
 _BUILT_IN = {"grpc": "otlp_proto_grpc", "http/protobuf": "otlp_proto_http"}
 _DEFAULT_ENDPOINTS: Mapping[Protocol, str] = {"grpc": "http://localhost:4317", "http/protobuf": "http://localhost:4318"}
@@ -264,11 +265,15 @@ def _uses_tls(signal: Signal, protocol: Protocol, url: SplitResult) -> bool:
     return insecure.lower() == "false"
 
 
-def _secrets(signal: Signal, url: SplitResult) -> list[str]:
-    """What no message may contain: the values of headers, raw and decoded, and what is private in an address."""
-    pairs = (_variable("HEADERS", signal)[1] or "").split(",")
+def _secrets(url: SplitResult) -> list[str]:
+    """What no message may contain: the values of headers, raw and decoded, and what is private in an address.
+
+    Those of both signals, as one receiver may get both; and a value such as `Bearer TOKEN` without its first word, too.
+    """
+    pairs = [pair for signal in _SIGNALS for pair in (_variable("HEADERS", signal)[1] or "").split(",")]
     values = [pair.partition("=")[2].strip() for pair in pairs]
-    private = [*values, url.netloc.rpartition("@")[0], url.password or "", url.query]
+    tokens = [unquote(value).partition(" ")[2] for value in values]
+    private = [*values, *tokens, url.netloc.rpartition("@")[0], url.password or "", url.query]
     return [text for one in private for text in (one, unquote(one), quote(one, safe="=&%"))]
 
 
@@ -287,4 +292,4 @@ def make_watch(signal: Signal) -> Watch:
     tls = _uses_tls(signal, protocol, url)
     if not url.scheme:
         url = url._replace(scheme="https" if tls else "http")
-    return Watch(Target(signal, protocol, url, tls, _secrets(signal, url), names))
+    return Watch(Target(signal, protocol, url, tls, _secrets(url), names))

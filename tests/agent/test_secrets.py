@@ -33,6 +33,7 @@ FAULTS = (
     HttpStatus(500),
     Hang(1),
     PartialSuccess(1, f"no room for authorization: Bearer {SECRET}"),
+    PartialSuccess(1, f"{SECRET} has no budget left"),
 )
 
 
