@@ -91,6 +91,7 @@ def test_the_pod_has_what_the_agent_needs_and_no_more() -> None:
         "capabilities": {"drop": ["ALL"], "add": ["BPF", "PERFMON", "SETUID", "SETGID"]},
         "seccompProfile": {"type": "RuntimeDefault"},
     }
+    assert container("collector")["volumeMounts"] == [{"name": "config", "mountPath": "/etc/otelcol", "readOnly": True}]
     assert POD["volumes"] == [
         {"name": "tmp", "emptyDir": {"sizeLimit": f"{TMP_BYTES >> 20}Mi"}},
         {"name": "config", "configMap": {"name": "collector"}},
