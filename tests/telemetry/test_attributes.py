@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import pathlib
+import shutil
 import socket
 import subprocess
 import sys
@@ -101,6 +102,50 @@ def test_names_that_a_process_chose(everything: Scene) -> None:
     everything.settle()
     names = {span.attributes["thread.name"] for span in everything.receiver.spans()}
     assert "\x1b[31m\n\ufffdé\ufffd" in names
+
+
+@pytest.fixture
+def cgroup() -> Iterator[pathlib.Path]:
+    """A control group whose name holds what such a name may: escape sequences and broken UTF-8, but no newline."""
+    mounts = (line.split() for line in pathlib.Path("/proc/self/mounts").read_text().splitlines())
+    root = next(where for _, where, kind, *_ in mounts if kind == "cgroup2")
+    path = os.fsencode(root) + b"/evil \x1b[2J\xff.slice"
+    os.mkdir(path)
+    yield pathlib.Path(os.fsdecode(path))
+    told.eventually(lambda: not pathlib.Path(os.fsdecode(path), "cgroup.procs").read_text())
+    os.rmdir(path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [b"\x1b]0;owned\x07\r\n\xff\xfe", "n\u202eame".encode(), "\u00e9".encode() * 40, b"\xed\xa0\x80;`$(x)'\"\\"],
+    ids=["escapes", "right to left", "cut in a character", "surrogate"],
+)
+def test_names_of_executables(everything: Scene, name: bytes, cgroup: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """Whatever a file may be called: valid Unicode arrives, of the first 63 bytes, and of 15 in the comm."""
+    program = os.path.join(os.fsencode(tmp_path), name)
+    shutil.copy(b"/usr/bin/head", program)
+    sender, reader = everything.listener.connect("::1")
+    command = [
+        b"sh",
+        b"-c",
+        os.fsencode(f"echo $$ > '{cgroup}/cgroup.procs' && exec \"$@\""),
+        b"sh",
+        program,
+        b"-c",
+        b"1",
+    ]
+    with subprocess.Popen(command, stdin=reader.fileno(), stdout=subprocess.PIPE) as child:
+        reader.close()
+        sender.sendall(b"x")
+        assert child.communicate(timeout=60)[0] == b"x"
+    everything.settle()
+    found = [dict(key) for key in told.waits_by_attributes(everything.receiver)]
+    (its,) = (one for one in found if one["process.pid"] == child.pid)
+    assert its["process.executable.name"] == name[:63].decode(errors="replace")
+    assert its["tcppktlat.process.comm"] == name[:15].decode(errors="replace")
+    (span,) = (one for one in everything.receiver.spans() if one.attributes["process.pid"] == child.pid)
+    assert span.attributes["thread.name"] == name[:15].decode(errors="replace")
 
 
 def test_series_of_processes_that_are_gone(everything: Scene) -> None:

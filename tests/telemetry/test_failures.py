@@ -54,7 +54,7 @@ def refused(receiver: Receiver, signal: str = "metrics") -> int:
 
 @pytest.mark.parametrize(
     "fault",
-    [Unavailable(), ResourceExhausted(retry_after_s=1), HttpStatus(500), HttpStatus(401), Hang(30)],
+    [Unavailable(), HttpStatus(500), Hang(30)],
     ids=str,
 )
 def test_refused_metrics_are_made_good(scene: Scene, fault: Fault) -> None:
@@ -83,7 +83,7 @@ def test_refused_metrics_are_made_good(scene: Scene, fault: Fault) -> None:
     assert (exemplar.trace_id, exemplar.span_id) in told.spans_by_id(scene.receiver)
 
 
-@pytest.mark.parametrize("fault", [Unavailable(), ResourceExhausted(retry_after_s=1), Hang(30)], ids=str)
+@pytest.mark.parametrize("fault", [Unavailable(), Hang(30)], ids=str)
 def test_refused_spans_are_sent_again(scene: Scene, fault: Fault) -> None:
     """None is lost, and none comes twice, while metrics go on; their exemplars point to those spans."""
     sender, reader = scene.listener.connect()
@@ -109,7 +109,7 @@ def test_refused_spans_are_sent_again(scene: Scene, fault: Fault) -> None:
 def test_a_receiver_that_asks_for_time_gets_it(scene: Scene) -> None:
     """RetryInfo and Retry-After; longer than an interval, a pause between batches, and the SDK's own patience."""
     sender, reader = scene.listener.connect()
-    scene.receiver.answer_with(Unavailable(retry_after_s=1.5))
+    scene.receiver.answer_with(ResourceExhausted(retry_after_s=1.5))
     before = len(scene.receiver.requests)
     deliver(sender, reader)
     for signal in ("metrics", "traces"):
@@ -318,7 +318,7 @@ def test_a_request_over_the_receivers_limit(protocol: str, tmp_path: pathlib.Pat
     """Metrics and spans go again at once in smaller requests, and in such ones from then on."""
     addresses, limit = 120, 10_000
     with Receiver(max_request_bytes=limit) as receiver:
-        environment = {PREFERENCE: "delta", "OTEL_METRIC_EXPORT_INTERVAL": "1000", "OTEL_BSP_SCHEDULE_DELAY": "1000"}
+        environment = {PREFERENCE: "delta", "OTEL_METRIC_EXPORT_INTERVAL": "400", "OTEL_BSP_SCHEDULE_DELAY": "400"}
         arguments = ("--attributes", "server.address", "--span-rate", "1000", "0")
         with told.scene(
             tmp_path, *arguments, environment=environment, protocol=protocol, receiver=receiver, host="0.0.0.0"
