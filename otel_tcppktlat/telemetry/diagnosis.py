@@ -47,12 +47,13 @@ _log = logging.getLogger(__name__)
 class Failure:
     """What an attempt ended with. `code`: an HTTP status, or the name of a gRPC one; None without an answer.
 
-    `retry_after_s`: for how long the receiver asks to be left alone. `from_page`: an HTTP status that comes with a web
-    page, or with nothing that says what it is, as no OTLP receiver's does.
+    `said`: an HTTP receiver's own words. `retry_after_s`: for how long it asks to be left alone. `from_page`: an HTTP
+    status that comes with a web page, or with nothing that says what it is, as no OTLP receiver's does.
     """
 
     code: int | str | None
     detail: str
+    said: str = ""
     retry_after_s: float = 0.0
     from_page: bool = False
 
@@ -65,9 +66,11 @@ class Failure:
 
     @property
     def of_size(self) -> bool:
-        """Was the request too large? A gRPC status says so in words only; an HTTP proxy's may stand behind UNKNOWN."""
+        """Was the request too large? Often words alone say so, as with a Collector's 400; UNKNOWN: a proxy's 413."""
         if self.code in ("RESOURCE_EXHAUSTED", "OUT_OF_RANGE"):
             return bool(_TOO_LARGE.search(self.detail))
+        if self.code == 400:
+            return bool(_TOO_LARGE.search(self.said))
         return self.code == 413 or self.code == "UNKNOWN" and "413" in self.detail
 
     @property
@@ -149,7 +152,8 @@ def _of_code(target: Target, failure: Failure) -> str | None:
         if not target.url.path.endswith(f"/v1/{target.signal}"):
             advice = f"; {target.variables['ENDPOINT']} is taken as it is, and should end in /v1/{target.signal}"
         return f"no OTLP receiver is at this path ({status}){advice}"
-    answers = f"it answers {status}" + (f": {detail}" if isinstance(code, str) and detail else "")
+    said = detail if isinstance(code, str) else failure.said
+    answers = f"it answers {status}" + (f": {said}" if said else "")
     return answers + ("; what it refuses is dropped" if failure.of_data else "")
 
 
@@ -292,8 +296,9 @@ class Watch:
     def note(self, failure: Failure) -> None:
         """An attempt of this thread has failed; another one may follow."""
         if (attempt := _exporting.attempt) and self._target:
-            detail = self._target.without_secrets(failure.detail)
-            attempt.failure = replace(failure, detail=detail)
+            without_secrets = self._target.without_secrets
+            detail, said = without_secrets(failure.detail), without_secrets(failure.said)
+            attempt.failure = replace(failure, detail=detail, said=said)
 
     def note_record(self, record: logging.LogRecord) -> None:
         """What the SDK logs when an attempt of this thread has failed: it is for -v."""
@@ -383,10 +388,11 @@ def _seconds(response: Any) -> float:
         return 0.0
 
 
-def check_response(response: Any) -> None:
+def check_response(response: Any, said: str = "") -> None:
     """Notes why the answer of an HTTP server is no delivery; raises NotDelivered if the SDK would take it for one.
 
-    The SDK takes all statuses from 200 to 399 as success. A receiver never redirects a POST, nor sends a web page.
+    `said`: what its body says to people. The SDK takes all statuses from 200 to 399 as success. A receiver never
+    redirects a POST, nor sends a web page.
     """
     status, detail = response.status_code, str(response.reason or "")
     content_type = response.headers.get("Content-Type", "").lower()
@@ -398,7 +404,7 @@ def check_response(response: Any) -> None:
         if "html" not in content_type or response.content.lstrip()[:1] != b"<":
             return
         detail += " with a web page: is a login in between?"
-    note_failure(Failure(status, detail, _seconds(response), not content_type or "html" in content_type))
+    note_failure(Failure(status, detail, said, _seconds(response), not content_type or "html" in content_type))
     if status < 400:
         raise NotDelivered(f"HTTP {status} {detail}")
 

@@ -155,9 +155,18 @@ def _http_arguments(signal: Signal) -> dict[str, Any]:
     if _own_credentials("HTTP"):
         return {}
     import requests
+    from google.rpc.status_pb2 import Status
     from requests.adapters import HTTPAdapter
 
     response_kind = _response_kind(signal)
+
+    def said_by(response: requests.Response) -> str:
+        """A google.rpc.Status, as OTLP/HTTP has it, or plain text."""
+        content_type = response.headers.get("Content-Type", "")
+        if "protobuf" in content_type:
+            with contextlib.suppress(DecodeError):
+                return str(Status.FromString(response.content).message)
+        return " ".join(response.text.split()) if "text/plain" in content_type else ""
 
     class Watched(HTTPAdapter):
         """Lets a Watch know what becomes of a request, and the SDK have no success that is none."""
@@ -168,7 +177,7 @@ def _http_arguments(signal: Signal) -> dict[str, Any]:
             except Exception as error:
                 note_failure(Failure(None, str(error)))
                 raise
-            check_response(response)
+            check_response(response, said_by(response) if response.status_code >= 400 else "")
             if response.status_code == 200 and "protobuf" in response.headers.get("Content-Type", ""):
                 with contextlib.suppress(DecodeError):
                     note_partial_success(response_kind.FromString(response.content))

@@ -24,7 +24,7 @@ class _Stub:
         try:
             response = self._stub.Export(**arguments)
         except grpc.RpcError as error:
-            failure = Failure(error.code().name, error.details() or "", _retry_delay_s(error.trailing_metadata()))
+            failure = Failure(error.code().name, error.details() or "", "", _retry_delay_s(error.trailing_metadata()))
             note_failure(failure)
             if failure.of_size:
                 raise NotDelivered(failure.detail) from error

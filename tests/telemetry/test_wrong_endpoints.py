@@ -113,8 +113,9 @@ class Odd:
                 sock = self._server.accept()[0]
                 self.accepted.append(sock)
                 if not self._silent:
-                    sock.sendall(self._banner)
-                    sock.shutdown(socket.SHUT_WR)
+                    with contextlib.suppress(OSError):  # whoever called may have hung up first
+                        sock.sendall(self._banner)
+                        sock.shutdown(socket.SHUT_WR)
 
     def close(self) -> None:
         """Ends it."""

@@ -25,6 +25,7 @@ TOO_LARGE = (  # in the words of grpc-go, gRPC's C core, grpc-java, grpc-dotnet,
     ),
     Failure("UNKNOWN", "Received http2 header with status: 413"),
     Failure(413, "Request Entity Too Large"),
+    Failure(400, "Bad Request", said="http: request body too large"),  # an OpenTelemetry Collector
 )
 LATER = (
     Failure(None, "Connection refused"),
@@ -46,7 +47,11 @@ DENIED = (
     ),
     Failure(400, "Bad Request", from_page=True),  # as Go's servers answer plain HTTP on their TLS port
 )
-REFUSED = (Failure("INVALID_ARGUMENT", "bad data"), Failure(400, "Bad Request"), Failure(422, "Unprocessable Entity"))
+REFUSED = (
+    Failure("INVALID_ARGUMENT", "bad data"),
+    Failure(400, "Bad Request", said="out of order sample"),
+    Failure(422, "Unprocessable Entity"),
+)
 
 
 @pytest.mark.parametrize(
