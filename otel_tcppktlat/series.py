@@ -6,6 +6,8 @@ and they are merged here. Totals only grow: a process that is gone leaves its co
 
 from __future__ import annotations
 
+import operator
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -42,17 +44,16 @@ ATTRIBUTES: Mapping[str, Callable[[Series], AttributeValue]] = {
 DEFAULT_ATTRIBUTES = ("process.executable.name", "server.port", "network.type", "tcppktlat.role")
 
 
-@dataclass
+@dataclass(frozen=True, slots=True)
 class Totals:
-    """What one set of attributes has seen since the agent started."""
+    """What one set of attributes has seen since the agent started. Never changed: who has one may go on reading it."""
 
-    counts: list[int]
+    counts: Sequence[int]
     sum_ns: int = 0
 
-    def add(self, sum_ns: int, counts: Sequence[int]) -> None:
-        """Adds an interval's numbers."""
-        self.sum_ns += sum_ns
-        self.counts = [a + b for a, b in zip(self.counts, counts, strict=True)]
+    def plus(self, delta: Delta) -> Totals:
+        """These totals and an interval's numbers."""
+        return Totals(array("Q", map(operator.add, self.counts, delta.counts)), self.sum_ns + delta.sum_ns)
 
 
 @dataclass
@@ -76,4 +77,5 @@ class SeriesTotals:
     def add(self, delta: Delta) -> None:
         """Adds what an interval brought to a series."""
         attributes = self.set_of(delta.series)
-        self.totals.setdefault(attributes, Totals([0] * self.buckets)).add(delta.sum_ns, delta.counts)
+        known = self.totals.get(attributes) or Totals((0,) * self.buckets)
+        self.totals[attributes] = known.plus(delta)

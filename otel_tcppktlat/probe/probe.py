@@ -12,7 +12,8 @@ import os
 import struct
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from .launch import Loaded, Loader
@@ -37,6 +38,7 @@ RING_BYTES = 1 << 20
 _ZERO_KEY = bytes(4)
 _AHEAD_NS = 5_000_000
 _MOST = 2**63 - 1  # that OTLP's integers hold
+_SERIES_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class ProbeOptions:
         return max(2, 1 << len(self.bounds_ns).bit_length())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Series:
     """One series of the kernel: its key and who it is."""
 
@@ -72,7 +74,7 @@ class Series:
     identity: Identity
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Delta:
     """What an interval added to a series; `series` is None for the overflow series."""
 
@@ -164,7 +166,6 @@ class Probe:
         self._histograms = opened("histograms", 4, value_bytes)
         self._interval = opened("interval", 4, 8)
         self._barrier = opened("barrier", 4, 4)
-        self._histogram = struct.Struct(f"<Q{self._options.buckets}I")
         self._side = 0
         self._began_ns = time.monotonic_ns()
         self._slowest: tuple[dict[tuple[int, int], Event], ...] = ({}, {})  # of each side, by (series, bucket)
@@ -261,24 +262,35 @@ class Probe:
                 self._live[index] = Series(SeriesKey.from_buffer_copy(key), Identity.from_buffer_copy(identity))
 
     def _read_histograms(self, side: int) -> list[Delta]:
-        used = max(self._live, default=OVERFLOW_SERIES) + 1
-        start, size = side * self._options.max_series * self._copies, self._histograms.value_bytes
-        raw = self._histograms.values(start, used * self._copies)
-        empty = bytes(size)
+        used = min(max(self._live, default=OVERFLOW_SERIES) + 1, self._options.max_series)
         deltas: list[Delta] = []
-        touched: list[int] = []
-        for index in (OVERFLOW_SERIES, *self._live):
-            slots = range(index * self._copies, (index + 1) * self._copies)
-            filled = [slot for slot in slots if raw[slot * size : (slot + 1) * size] != empty]
-            if not filled:
-                continue
-            touched += [start + slot for slot in filled]
-            numbers = [self._histogram.unpack_from(raw, slot * size) for slot in filled]
-            total = [sum(column) for column in zip(*numbers, strict=True)]
-            series = None if index == OVERFLOW_SERIES else self._live[index]
-            deltas.append(Delta(series, total[0], total[1 : len(self._options.bounds_ns) + 2]))
-        self._histograms.zero(touched)
+        for first in range(0, used, _SERIES_AT_ONCE):  # all at once would be the agent's largest buffer
+            deltas += self._read_some(side, range(first, min(first + _SERIES_AT_ONCE, used)))
         return deltas
+
+    def _read_some(self, side: int, indexes: range) -> Iterator[Delta]:
+        copies, size = self._copies, self._histograms.value_bytes
+        start = (side * self._options.max_series + indexes.start) * copies
+        raw = self._histograms.values(start, len(indexes) * copies)
+        empty = bytes(size)
+        touched: list[int] = []
+        for position, index in enumerate(indexes):
+            series = self._live.get(index)
+            if series is None and index != OVERFLOW_SERIES:
+                continue
+            slots = range(position * copies, (position + 1) * copies)
+            filled = [value for slot in slots if (value := raw[slot * size : (slot + 1) * size]) != empty]
+            if filled:
+                touched += [start + slot for slot in slots]
+                yield Delta(series, *self._add_up(filled))
+        self._histograms.zero(touched)
+
+    def _add_up(self, copies: Sequence[bytes]) -> tuple[int, Sequence[int]]:
+        """(sum in ns, count of each bucket) of a series' struct histogram on each set of CPUs."""
+        end = histogram_bytes(len(self._options.bounds_ns) + 1)
+        sum_ns = sum(int.from_bytes(copy[: histogram_bytes(0)], "little") for copy in copies)
+        counts = [array("I", copy[histogram_bytes(0) : end]) for copy in copies]
+        return sum_ns, counts[0] if len(counts) == 1 else array("Q", map(sum, zip(*counts, strict=True)))
 
     def _retire(self) -> None:
         """Gives back the series of processes that are gone, once both sides have been read after the last pickup."""

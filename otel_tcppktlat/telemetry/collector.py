@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from opentelemetry.sdk.metrics import Exemplar
@@ -16,7 +17,7 @@ from ..buckets import Buckets
 from ..events import exemplar_attributes
 from ..probe.layout import OVERFLOW_SERIES, Event
 from ..probe.probe import Harvest, Probe
-from ..series import AttributeSet, SeriesTotals
+from ..series import AttributeSet, SeriesTotals, Totals
 from .points import (
     CUMULATIVE,
     DELTA,
@@ -33,7 +34,7 @@ SCOPE = "otel_tcppktlat"
 SCHEMA_URL = "https://opentelemetry.io/schemas/1.44.0"
 DURATION = "tcppktlat.receive_queue.duration"
 REJECTED, DROPPED = LOSSES = ("tcppktlat.points.rejected", "tcppktlat.spans.dropped")
-BATCH_POINTS, BATCH_BYTES = 1000, 2 << 20  # keep a request well below the 4 MiB that gRPC servers take
+BATCH_POINTS, BATCH_BYTES = 250, 2 << 20  # keep a request well below the 4 MiB that gRPC servers take
 
 OUTCOMES: Mapping[str, Mapping[str, str]] = {  # counter in the books: attributes of its point
     "observed": {"tcppktlat.outcome": "observed"},
@@ -127,7 +128,7 @@ class Collector:
         self._lock = threading.Lock()
         self._started_unix_ns = self._collected_unix_ns = time.time_ns()
         self._collected_ns = time.monotonic_ns()
-        self._nothing = Acknowledged((0,) * totals.buckets, 0, self._started_unix_ns)
+        self._nothing = Acknowledged(array("Q", (0,) * totals.buckets), 0, self._started_unix_ns)
         self._acknowledged: dict[AttributeSet, Acknowledged] = {}
         self._acknowledged_numbers: dict[tuple[str, AttributeSet], tuple[float, int]] = {}
         self._slowest: dict[tuple[AttributeSet, int], Event] = {}
@@ -160,8 +161,11 @@ class Collector:
         self._spans.name_rows(lambda number: self._totals.set_of(harvest.live.get(number)), harvest.ended_ns)
         return harvest.ended_ns
 
-    def collect(self) -> list[Batch]:
-        """Ends the interval: makes its spans, and returns its metrics. At least one batch."""
+    def collect(self) -> Iterator[Batch]:
+        """Ends the interval: makes its spans, and returns its metrics. At least one batch.
+
+        Batches are made one by one, when they are asked for: all points at once would be most of the agent's memory.
+        """
         with self._lock:
             began_s = time.monotonic()
             ended_ns = self._absorb(self._probe.harvest())
@@ -169,13 +173,17 @@ class Collector:
             unix_ns = max(ended_ns + unix_offset_ns, self._collected_unix_ns + 1)  # whoever sets the clock back
             self._make_exemplars(unix_ns, unix_offset_ns, (ended_ns - self._collected_ns) / 1e9)
             self._collected_ns = ended_ns
-            numbers, histograms = self._numbers_batch(unix_ns), list(self._histogram_batches(unix_ns))
-            together = bool(histograms) and self._most_bytes == BATCH_BYTES
-            batches = [numbers.with_(histograms[0]), *histograms[1:]] if together else [numbers, *histograms]
+            numbers, totals = self._numbers_batch(unix_ns), dict(self._totals.totals)
             self._collected_unix_ns = unix_ns
             self.last_duration_s = time.monotonic() - began_s
         self._on_collected()
-        return batches
+        return self._batches(numbers, totals, unix_ns)
+
+    def _batches(self, numbers: Batch, totals: Mapping[AttributeSet, Totals], unix_ns: int) -> Iterator[Batch]:
+        histograms = self._histogram_batches(totals, unix_ns)
+        together = next(histograms, None) if self._most_bytes == BATCH_BYTES else None
+        yield numbers.with_(together) if together else numbers
+        yield from histograms
 
     def shrink(self, batch: Batch) -> bool:
         """Makes the next batches half as large as this one, which no receiver takes; False if it cannot be split."""
@@ -207,14 +215,14 @@ class Collector:
     def _scope(self, metrics: list[Metric]) -> ScopeMetrics:
         return ScopeMetrics(InstrumentationScope(SCOPE, __version__, SCHEMA_URL), metrics, SCHEMA_URL)
 
-    def _histogram_batches(self, unix_ns: int) -> Iterable[Batch]:
+    def _histogram_batches(self, totals: Mapping[AttributeSet, Totals], unix_ns: int) -> Iterator[Batch]:
         delta = self._temporality.histogram == DELTA
         points: list[Point] = []
         taken: dict[AttributeSet, Acknowledged] = {}
         size = 0
-        for attributes, total in self._totals.totals.items():
+        for attributes, total in totals.items():
             acknowledged = self._acknowledged.get(attributes, self._nothing)
-            if delta and tuple(total.counts) == acknowledged.counts:
+            if delta and total.counts == acknowledged.counts:
                 continue
             exemplars = list(self._exemplars.get(attributes, {}).values())
             since = acknowledged if delta else self._nothing
@@ -224,7 +232,7 @@ class Collector:
                 yield self._histogram_batch(points, taken, size)
                 points, taken, size = [], {}, 0
             points.append(point)
-            taken[attributes] = Acknowledged(tuple(total.counts), total.sum_ns, unix_ns)
+            taken[attributes] = Acknowledged(total.counts, total.sum_ns, unix_ns)
             size += point_size
         if points:
             yield self._histogram_batch(points, taken, size)
@@ -242,7 +250,8 @@ class Collector:
         def acknowledge(rejected: int, _whole: bool) -> None:
             with self._lock:
                 self._rejected += rejected
-                self._acknowledged.update(taken)
+                if self._temporality.histogram == DELTA:
+                    self._acknowledged.update(taken)
                 for attributes in taken:
                     self._exemplars.pop(attributes, None)
 

@@ -8,7 +8,6 @@ the kernel's metrics to what the SDK collected, and passes both on to the real o
 from __future__ import annotations
 
 import threading
-from collections import deque
 from typing import Any
 
 from opentelemetry.sdk.metrics.export import MetricExporter, MetricExportResult, MetricsData, ResourceMetrics
@@ -40,14 +39,13 @@ class InjectingExporter(MetricExporter):
 
     def _export(self, metrics_data: MetricsData, **kwargs: Any) -> Ended | None:
         """Stops at the first batch that may still be delivered later; None if the receiver is to be left alone."""
-        batches = deque(self._collector.collect())
+        batches = self._collector.collect()
         if self._sender.hold_s() and not self._ending.is_set():
             return None
         own = metrics_data.resource_metrics[0]
         beside = list(own.scope_metrics)
         refusal, rejected, message = None, 0, ""
-        while batches:
-            batch = batches.popleft()
+        while batch := next(batches, None):
             # In the SDK's ResourceMetrics, not beside it: the encoder lets equal resources overwrite each other.
             merged = ResourceMetrics(own.resource, [*beside, batch.scope_metrics], own.schema_url)
             ended = self._sender.send(MetricsData([merged]), **kwargs)
@@ -55,7 +53,7 @@ class InjectingExporter(MetricExporter):
             if what in (Fate.FAILED, Fate.DENIED):
                 return ended
             if what is Fate.TOO_LARGE and self._collector.shrink(batch):
-                batches = deque(self._collector.collect())  # all that is not acknowledged, in smaller requests
+                batches = self._collector.collect()  # all that is not acknowledged, in smaller requests
                 continue
             if what is Fate.DELIVERED:
                 rejected, message = rejected + ended.rejected, message or ended.message

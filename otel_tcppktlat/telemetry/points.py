@@ -32,7 +32,7 @@ DELTA, CUMULATIVE = AggregationTemporality.DELTA, AggregationTemporality.CUMULAT
 class Acknowledged:
     """The totals that a receiver has, and when they were taken."""
 
-    counts: tuple[int, ...]
+    counts: Sequence[int]
     sum_ns: int
     unix_ns: int
 
@@ -88,7 +88,7 @@ def most_encoded_bytes(point: Point) -> int:
 
 def _most_attribute_bytes(attributes: Attributes) -> int:
     """For each attribute tags and lengths, or a number; characters take 4 bytes at most."""
-    return sum(32 + 4 * (len(name) + len(str(value))) for name, value in (attributes or {}).items())
+    return 32 * len(attributes or ()) + 4 * len(repr(attributes))
 
 
 def histogram_data(points: Sequence[Point], temporality: AggregationTemporality) -> Histogram | ExponentialHistogram:

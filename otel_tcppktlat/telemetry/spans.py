@@ -31,7 +31,7 @@ class SpanIds:
     span_id: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Candidate:
     """A wait that may become a span."""
 

@@ -221,4 +221,4 @@ def test_overflow(tmp_path: pathlib.Path) -> None:
         assert {one.answer for one in scene.receiver.requests} == {"ok"}
         assert max(one.bytes for one in scene.receiver.requests) < 3 << 20
         sizes = [sum(point.name == DURATION for point in points_of(message)) for message in requests]
-        assert max(sizes) <= 1000 < max(sum(part) for part in zip(sizes, sizes[1:], sizes[2:], strict=False))
+        assert max(sizes) <= 250 < max(sum(part) for part in zip(sizes, sizes[1:], sizes[2:], strict=False))
