@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from kernel.traced import Traced, accept, queued, read_all
-from support.tun import Conversation, Family, TunPeer, expected, tcp_info_data_segs_in
+from support.tun import Conversation, Family, TunPeer, expected, tcp_info_bytes_received, tcp_info_data_segs_in
 
 FAMILIES: list[Family] = ["ipv4", "ipv6", "mapped"]
 
@@ -218,24 +218,32 @@ def test_dropped_beyond_the_window(traced: Traced, peer: TunPeer) -> None:
 
 
 def test_dropped_for_want_of_memory(traced: Traced, peer: TunPeer) -> None:
-    """A small buffer full of tiny segments: the stack drops the next one, and takes it when it comes again."""
+    """A small buffer full of tiny segments: the stack drops the next one, and takes it when it comes again.
+
+    From Linux 6.18 on some kernels find the memory on a later try, though nothing was read: its own count decides.
+    """
     conversation = accept(peer, rcvbuf=4096)
     sent = 0
-    while conversation.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 232)[128:136] == sent.to_bytes(
-        8, "little"
-    ):
+    while tcp_info_bytes_received(conversation.socket) == sent:
         conversation.send(200)
         sent += 200
         assert sent < 1_000_000
+    taken, dropped, duplicate = sent - 200, 1, 0
     for _ in range(6):
         conversation.send(200, at=sent - 200)
-    taken = sent // 200 - 1
-    assert queued(traced.books) == taken + 1  # the last one's fate shows at the next hook
-    assert traced.books["dropped"] == 6
-    assert read_all(conversation.socket) == taken * 200
+        now = tcp_info_bytes_received(conversation.socket)
+        duplicate += taken == sent
+        dropped += now == taken < sent
+        taken = now
+    unknown = int(taken < sent)  # the last one's fate shows at the next hook
+    assert queued(traced.books) == taken // 200 + unknown
+    assert traced.books["dropped"] == dropped - unknown
+    assert read_all(conversation.socket) == taken
     conversation.send(200, at=sent - 200)
-    assert read_all(conversation.socket) == 200
-    assert traced.books == {"received": taken + 8, "dropped": 7, "observed": taken + 1}
+    duplicate += not unknown
+    assert read_all(conversation.socket) == 200 * unknown
+    expected_books = {"received": sent // 200 + 7, "dropped": dropped, "duplicate": duplicate, "observed": sent // 200}
+    assert traced.books == {name: count for name, count in expected_books.items() if count}
 
 
 def test_dropped_behind_a_gap(traced: Traced, peer: TunPeer) -> None:
