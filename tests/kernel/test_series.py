@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes as ct
 import os
+import pathlib
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ from otel_tcppktlat.probe.probe import Delta, Harvest
 from support.tun import Conversation, TunPeer
 
 EXECUTABLE = os.path.basename(os.path.realpath(sys.executable)).encode()
+SHORT_PROCESSES = 500
 
 
 def reading(conversation: Conversation) -> Callable[[], object]:
@@ -223,7 +225,7 @@ def test_many_short_processes_leave_nothing(traced: Traced, peer: TunPeer) -> No
     harvester = threading.Thread(target=harvest)
     harvester.start()
     pids = set()
-    for _ in range(100):
+    for _ in range(SHORT_PROCESSES):
         conversation.send(10)
         child = os.fork()
         if not child:
@@ -236,9 +238,65 @@ def test_many_short_processes_leave_nothing(traced: Traced, peer: TunPeer) -> No
     for _ in range(3):
         deltas += traced.harvest().deltas
     found = waits(deltas)
-    assert found.count == 100 and traced.books == {"received": 100, "observed": 100}
+    assert found.count == SHORT_PROCESSES and traced.books == {"received": SHORT_PROCESSES, "observed": SHORT_PROCESSES}
     assert {delta.series.key.process.tgid for delta in deltas if delta.series} == pids
     assert in_kernel(traced) == [] and processes(traced) == []
+
+
+def fork_as(pid: int, function: Callable[[], object]) -> bool:
+    """Runs the function in a child that has this pid, which must be free; False if somebody else was faster."""
+    pathlib.Path("/proc/sys/kernel/ns_last_pid").write_text(str(pid - 1))
+    child = os.fork()
+    if not child:
+        if os.getpid() == pid:
+            function()
+        os._exit(0)
+    os.waitpid(child, 0)
+    return child == pid
+
+
+def test_a_pid_that_is_used_again(traced: Traced, peer: TunPeer) -> None:
+    """Before the first one's series is given back: each has a series of its own, and both are given back."""
+    conversation = accept(peer)
+    pid = 0
+    for _ in range(50):  # others fork as well
+        traced.begin()
+        conversation.send(10)
+        pid = os.fork()
+        if not pid:
+            conversation.socket.recv(10)
+            os._exit(0)
+        os.waitpid(pid, 0)
+        conversation.send(10)
+        if fork_as(pid, reading(conversation)):
+            break
+        assert read_all(conversation.socket) == 10
+    harvests = [traced.harvest() for _ in range(4)]
+    deltas = [delta for harvest in harvests for delta in harvest.deltas]
+    keys = {bytes(delta.series.key.process) for delta in deltas if delta.series}
+    assert counts(*harvests) == {pid: 2} and len(keys) == 2
+    assert in_kernel(traced) == [] and processes(traced) == []
+
+
+def test_threads_that_rename_themselves(traced: Traced, peer: TunPeer) -> None:
+    """Each row has the name of its moment; the series stays one, by the executable's name and the process's first."""
+    conversation = accept(peer)
+    names = [f"worker {number}" for number in range(30)]
+
+    def read() -> None:
+        for name in names:
+            conversation.send(10)
+            pathlib.Path("/proc/thread-self/comm").write_text(name)
+            conversation.socket.recv(10)
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    thread.join()
+    rows = traced.poll()
+    assert [row.comm.decode() for row in rows] == names and {row.tid for row in rows} == {thread.native_id}
+    (delta,) = traced.harvest().deltas
+    assert delta.series is not None and waits([delta]).count == 30
+    assert delta.series.identity.executable == EXECUTABLE
 
 
 @pytest.mark.parametrize("family", ["ipv4", "ipv6"])
