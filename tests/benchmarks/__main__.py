@@ -10,18 +10,18 @@ import sys
 import tempfile
 import warnings
 
-from . import footprint, pingpong, start
+from . import footprint, pingpong, series, start
 from .kernel import Kernel
 from .machine import Cores
 from .report import BenchmarkError, Report
 
-PARTS = ("pingpong", "agent", "start")
+PARTS = ("pingpong", "agent", "series", "start")
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description="What tracing costs.")
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
-    parser.add_argument("--rounds", type=int, help="interleaved (default: pingpong 60, agent 3, start 5)")
+    parser.add_argument("--rounds", type=int, help="interleaved (default: pingpong 60, agent 3, series 4, start 5)")
     parser.add_argument("--seconds", type=float, default=0.15, help="of each measurement (default: %(default)s)")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="every single figure")
     parser.add_argument("--not-alone", action="store_true", help="do not wait for other tracers to end")
@@ -48,6 +48,8 @@ def main() -> int:
                     report = pingpong.run(kernel, folder, cores, arguments.rounds or 60, arguments.seconds)
                 elif part == "agent":
                     report = footprint.run(kernel, folder, cores, arguments.rounds or 3, arguments.seconds)
+                elif part == "series":
+                    report = series.run(kernel, arguments.rounds or 4)
                 else:
                     report = start.run(kernel, arguments.rounds or 5)
                 reports[part] = report

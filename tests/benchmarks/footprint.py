@@ -34,7 +34,8 @@ class Usage:
     cpu_idle: float
 
 
-def _rss_mb(pid: int) -> float:
+def rss_mb(pid: int) -> float:
+    """Resident memory of a process."""
     for line in pathlib.Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("VmRSS:"):
             return int(line.split()[1]) * 1024 / 1e6
@@ -55,7 +56,7 @@ def _use(agent: Process, receiver: Receiver, protocol: str, pingpong: PingPong, 
     busy = _cpu_share(agent.pid, lambda: pingpong.round_trips(seconds))
     idle = _cpu_share(agent.pid, lambda: time.sleep(seconds))
     receiver.wait_for(lambda seen: _exports(seen, protocol) >= EXPORTS, 3 * INTERVAL_S)
-    return Usage(_rss_mb(agent.pid), busy, idle)
+    return Usage(rss_mb(agent.pid), busy, idle)
 
 
 def measure(pingpong: PingPong, kernel: Kernel, rounds: int, seconds: float) -> dict[str, list[Usage]]:

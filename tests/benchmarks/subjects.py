@@ -106,6 +106,7 @@ def start_agent(
     endpoint: str,
     environment: Mapping[str, str] | None = None,
     *,
+    arguments: Sequence[str] = (),
     detachable: bool = False,
     verbose: bool = False,
     stderr: IO[bytes] | int | None = None,
@@ -113,9 +114,8 @@ def start_agent(
     """The product, exporting to `endpoint`: default settings but for `environment`."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("OTEL_")}
     module = "tests.benchmarks.detachable" if detachable else "otel_tcppktlat"
-    arguments = ["--flavour", flavour, "--otlp", endpoint] + ["-v"] * verbose
     return subprocess.Popen(
-        [sys.executable, "-m", module, *arguments],
+        [sys.executable, "-m", module, "--flavour", flavour, "--otlp", endpoint, *["-v"] * verbose, *arguments],
         cwd=REPOSITORY,
         env={**inherited, **(environment or {})},
         stdin=subprocess.PIPE if detachable else subprocess.DEVNULL,

@@ -1,0 +1,123 @@
+"""What series cost, from ten to 10,000: memory of the agent and of the kernel, and CPU time of each export."""
+
+from __future__ import annotations
+
+import pathlib
+import statistics
+import subprocess
+import time
+from dataclasses import dataclass
+
+from otel_tcppktlat.demo.receiver import Receiver
+
+from .crowd import Crowd, crowd
+from .footprint import rss_mb
+from .kernel import Kernel
+from .machine import cpu_s
+from .report import Goal, Report
+from .subjects import Process, start_agent, stop, wait_until_attached, wait_until_quiet
+
+SIZES = (10, 100, 1_000, 10_000)
+INTERVAL_S = 5.0
+SPARE_SERIES = 1_000  # for what else runs on the machine
+CPU_LIMIT_S, REQUEST_LIMIT_BYTES = 1.0, 4 << 20
+RSS_LIMIT_MB = {1_000: 60, 10_000: 100}
+DURATION, LOST, OVERFLOW = "tcppktlat.receive_queue.duration", "tcppktlat.events.lost", "otel.metric.overflow"
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Of one agent: memory after its exports, CPU time of one interval, and what arrived from it."""
+
+    rss_mb: float
+    cpu_s: float
+    kernel_mb: float
+    largest_request_bytes: int
+    points: int
+    overflowed: bool
+    events_lost: float
+
+
+def _kernel_mb(pid: int) -> float:
+    """What the kernel reports for the maps and programs that a process holds."""
+    total = 0
+    for info in pathlib.Path(f"/proc/{pid}/fdinfo").iterdir():
+        lines = info.read_text().splitlines()
+        total += sum(int(line.split()[1]) for line in lines if line.startswith("memlock:"))
+    return total / 1e6
+
+
+def _use(agent: Process, receiver: Receiver, many: Crowd, exports: int) -> Usage:
+    spent_s = []
+    for _ in range(exports):
+        before_s = cpu_s(agent.pid)
+        many.do("send")
+        many.do("read")
+        time.sleep(INTERVAL_S)
+        spent_s.append(cpu_s(agent.pid) - before_s)
+    memory = rss_mb(agent.pid), _kernel_mb(agent.pid)
+    stop(agent)
+    ended_ns = max(point.time_unix_ns for point in receiver.points(DURATION))
+    last = [point for point in receiver.points(DURATION) if point.time_unix_ns == ended_ns]
+    return Usage(
+        rss_mb=memory[0],
+        cpu_s=statistics.mean(spent_s),
+        kernel_mb=memory[1],
+        largest_request_bytes=max(one.bytes for one in receiver.requests),
+        points=len(last),
+        overflowed=any(OVERFLOW in point.attributes for point in last),
+        events_lost=max(float(point.value or 0) for point in receiver.points(LOST)),
+    )
+
+
+def _measure(kernel: Kernel, size: int, exports: int) -> Usage:
+    wait_until_quiet(kernel)
+    with Receiver() as receiver, crowd(size, a_port_each=True) as many:
+        settings = {"OTEL_METRIC_EXPORT_INTERVAL": f"{INTERVAL_S * 1e3:g}"}
+        limit = ["--series-limit", str(max(2000, size + SPARE_SERIES))]
+        endpoint = receiver.grpc_endpoint
+        agent = start_agent("auto", endpoint, settings, arguments=limit, stderr=subprocess.DEVNULL)
+        try:
+            wait_until_attached(agent, kernel)
+            return _use(agent, receiver, many, exports)
+        finally:
+            stop(agent)
+
+
+def run(kernel: Kernel, exports: int) -> Report:
+    """The whole part: each size once, as the figures of one agent are means of `exports` intervals."""
+    found = {size: _measure(kernel, size, exports) for size in SIZES}
+    goals = []
+    for size, usage in found.items():
+        goals += [
+            Goal(f"{size:,} series: {usage.cpu_s:.2f} s of CPU an interval (at most 1)", usage.cpu_s <= CPU_LIMIT_S),
+            Goal(
+                f"{size:,} series: all exported ({usage.points:,} points), the largest request takes "
+                f"{usage.largest_request_bytes / 1e6:.2f} MB (at most 4 MiB)",
+                usage.points >= size and not usage.overflowed and usage.largest_request_bytes <= REQUEST_LIMIT_BYTES,
+            ),
+        ]
+        if limit_mb := RSS_LIMIT_MB.get(size):
+            goals.append(Goal(f"{size:,} series: {usage.rss_mb:.1f} MB of RSS (at most {limit_mb})",
+                              usage.rss_mb <= limit_mb))  # fmt: skip
+    return Report(
+        "Series",
+        ["series", "CPU an interval, s", "RSS, MB", "kernel, MB", "largest request, MB", "events lost"],
+        [
+            [
+                f"{size:,}",
+                f"{usage.cpu_s:.2f}",
+                f"{usage.rss_mb:.1f}",
+                f"{usage.kernel_mb:.1f}",
+                f"{usage.largest_request_bytes / 1e6:.2f}",
+                f"{usage.events_lost:,.0f}",
+            ]
+            for size, usage in found.items()
+        ],
+        goals,
+        [
+            f"gRPC, explicit buckets, means of {exports} intervals in each of which every series grew. Kernel: what "
+            "/proc/PID/fdinfo says of the agent's maps and programs."
+        ],
+        {f"{size}": [vars(usage)] for size, usage in found.items()},
+    )
