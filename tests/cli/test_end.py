@@ -25,6 +25,14 @@ from telemetry.told import Listener, deliver
 MOST_S = 6.0  # 5 s, and a noisy machine
 
 
+@pytest.fixture(autouse=True)
+def not_under_nohup() -> Iterator[None]:
+    """The agents inherit what is ignored, and whoever runs the tests may have SIGHUP ignored."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 def variables(grpc: str, http: str, metrics: str) -> dict[str, str]:
     """Metrics over one protocol and spans over the other."""
     traces = "http/protobuf" if metrics == "grpc" else "grpc"
