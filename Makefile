@@ -3,6 +3,7 @@
 # make backends  Prometheus, Jaeger and a Collector for the tests (make test builds them, too)
 # make kernels  the kernel tests on five kernels, in virtual machines (QUICK=1: does it load and count?)
 # make fuzz   10^6 records of any content through everything behind the kernel (make test does fewer)
+# make soak   ten minutes of mixed load and a collector that restarts (MINUTES=60 for an hour)
 # make bench  what it costs, against the alternatives
 # make venv   .venv/bin/otel-tcppktlat, and bcc from the distribution
 
@@ -43,6 +44,9 @@ test-tempo:
 # KERNELS="5.10 7.x" for some of them.
 kernels: bcc $(VENV)/.installed-test
 	$(AS_ROOT) $(VENV)/bin/python -m tests.kernel $(KERNELS) $(if $(QUICK),--quick)
+
+soak: bcc $(VENV)/.installed-test
+	$(AS_ROOT) env PYTHONPATH=tests $(VENV)/bin/python -m tests.soak $(if $(MINUTES),--minutes $(MINUTES))
 
 bench: bcc $(VENV)/.installed-test
 	$(AS_ROOT) $(VENV)/bin/python -m tests.benchmarks

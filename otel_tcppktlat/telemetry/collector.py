@@ -170,7 +170,9 @@ class Collector:
             began_s = time.monotonic()
             ended_ns = self._absorb(self._probe.harvest())
             unix_offset_ns = time.time_ns() - time.monotonic_ns()
-            unix_ns = max(ended_ns + unix_offset_ns, self._collected_unix_ns + 1)  # whoever sets the clock back
+            # Points' times never go back: while the clock is behind them, as somebody set it back, at half its speed.
+            slowest_ns = self._collected_unix_ns + max(1, (ended_ns - self._collected_ns) // 2)
+            unix_ns = max(ended_ns + unix_offset_ns, slowest_ns)
             self._make_exemplars(unix_ns, unix_offset_ns, (ended_ns - self._collected_ns) / 1e9)
             self._collected_ns = ended_ns
             numbers, totals = self._numbers_batch(unix_ns), dict(self._totals.totals)

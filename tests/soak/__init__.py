@@ -1,0 +1,1 @@
+"""A long run; `python -m tests.soak` starts it."""
