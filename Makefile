@@ -11,7 +11,7 @@ PYTHON ?= python3
 VENV := .venv
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 # Virtual machines compute and the other tests mostly wait: half of them at a time, side by side.
-BESIDE := tests/kernel/test_other_kernels.py tests/telemetry
+BESIDE := tests/kernel/test_other_kernels.py $(filter-out tests/telemetry/test_failures.py,$(wildcard tests/telemetry/test_*.py))
 AS_ROOT := $(if $(SUDO),$(SUDO) --preserve-env,)
 
 .PHONY: run test test-tempo backends kernels fuzz bench venv lint bcc clean
