@@ -35,6 +35,9 @@ struct queue {
   u64 bucket_from_ns, bucket_width_ns; /* the bucket of the last wait on the short path: the next is often in it, too */
   u32 bucket, side;                    /* that bucket; side of the histograms, for the pickup that is being worked on */
   struct entry e[INLINE];
+#if SERVE
+  u64 told_ns; /* from this wait on, user space hears of a pickup of this reader */
+#endif
   u32 spill_head, spill_tail;   /* positions in the chain of chunks, whole chunks counted */
   u32 first_chunk, last_chunk;  /* of that chain */
   u32 spilled, base;            /* segments in it; initial sequence number of the connection */
@@ -46,7 +49,11 @@ struct queue {
   u64 picked_ns, longest_ns, sum_ns; /* the pickup that is being worked on; here for the same reason */
   u32 segments, bytes, undescribed, firsts;
 #if !TYPED
-  u64 unused[3]; /* a multiple of a cache line */
+#if SERVE
+  u64 unused[2]; /* a multiple of a cache line */
+#else
+  u64 unused[3];
+#endif
 #endif
 };
 #define COLD_SPILL 1
@@ -102,12 +109,23 @@ struct event {
   u32 segments, bytes;
   u16 local_port, remote_port, family;
   u8 bucket, kind;
-  u8 role, unused[7];
+  u8 role, unused[3];
+  u32 own_tid; /* tid as the thread's own pid namespace has it; with SERVE */
   u8 local_address[16], remote_address[16];
   char comm[16];
 };
 #define KIND_EXEMPLAR 1
 #define KIND_ROW 2
+#define KIND_SERVED 4
+
+/* How many events there were in the second that began at second_ns. CPUs may race for it: a few more or less. */
+struct allowance { u64 second_ns, told; };
+/* A process that hears of its own pickups from this wait on; `untold`: those that were too many. */
+struct served {
+  u64 from_ns;
+  struct allowance allowance;
+  u64 untold;
+};
 
 /* The first wait of each bucket in one pickup, until they become events. One array per CPU: `pickup_ns`, its time,
  * tells whose it is. */
@@ -135,6 +153,10 @@ BPF_ARRAY(interval, u64, 1); /* when the running one begins or has begun; its lo
 BPF_ARRAY_OF_MAPS(barrier, "interval", 1); /* an update waits for the programs that run: maybe_wait_bpf_programs() */
 BPF_ARRAY(bounds, struct bounds, 1);
 BPF_PERCPU_ARRAY(firsts, struct firsts, 1);
+#if SERVE
+BPF_HASH(served, u32, struct served, SERVE); /* by tgid */
+BPF_ARRAY(served_all, struct allowance, 1);
+#endif
 /* The ring buffer of events. The loader makes it: bcc 0.26 has no bpf_ringbuf_query() for its own. */
 #define EVENTS ((void *)bpf_pseudo_fd(1 /* BPF_PSEUDO_MAP_FD */, EVENTS_FD))
 BPF_PROG_ARRAY(probe_tails, 2);

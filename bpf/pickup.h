@@ -104,11 +104,16 @@ static inline void end_pickup(struct books *b, struct queue *q, struct sink *to)
 /* Is there something to tell user space? */
 static inline int notable(struct queue *q) {
   if (q->outcome != OBSERVED || !q->segments) return 0;
-#if ROWS
-  if (q->longest_ns >= MIN_NS) return 1;
-#endif
-  return q->firsts;
+  return WORTH_TELLING(q, q->longest_ns) || q->firsts;
 }
+
+#if SERVE
+static inline u32 own_tid(void) {
+  void *pid = copy_pointer((void *)bpf_get_current_task(), OFF_task_struct_thread_pid);
+  u32 upid_bytes = 2 * sizeof(void *), level = copy_u32(pid, OFF_pid_level);
+  return copy_u32((char *)pid + level * upid_bytes, OFF_pid_numbers + OFF_upid_nr);
+}
+#endif
 
 /* What all events of a pickup have in common. */
 static inline void describe(void *sk, void *tp, struct queue *q, struct event *e) {
@@ -116,6 +121,9 @@ static inline void describe(void *sk, void *tp, struct queue *q, struct event *e
   e->picked_ns = q->picked_ns;
   e->tgid = pid_tgid >> 32;
   e->tid = pid_tgid;
+#if SERVE
+  e->own_tid = own_tid();
+#endif
   e->series = q->series;
   e->side = q->side;
   e->segments = q->segments;
@@ -131,8 +139,9 @@ static inline void emit(struct books *b, struct event *e, u32 bucket, u64 wait_n
   e->bucket = bucket;
   e->wait_ns = wait_ns;
   e->kind = kind;
-  /* The reader polls on a timer. One wakeup as the buffer passes half: the window is wide enough for a few CPUs. */
+  /* The reader polls on a timer. One wakeup as the buffer passes half: the window is wide enough for a few CPUs. And one
+   * for a process that is to hear of its own wait, soon. */
   u64 used = bpf_ringbuf_query(EVENTS, BPF_RB_AVAIL_DATA), half = RING_BYTES / 2;
-  u64 wakeup = used >= half && used < half + 4 * sizeof(*e) ? BPF_RB_FORCE_WAKEUP : BPF_RB_NO_WAKEUP;
+  u64 wakeup = used >= half && used < half + 4 * sizeof(*e) || kind & KIND_SERVED ? BPF_RB_FORCE_WAKEUP : BPF_RB_NO_WAKEUP;
   if (bpf_ringbuf_output(EVENTS, e, sizeof(*e), wakeup)) ADD(b->events_lost, 1);
 }

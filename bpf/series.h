@@ -15,6 +15,10 @@ static inline u32 *epoch_of(u32 tgid) {
 
 static inline enum outcome outcome_for(u64 pid_tgid) {
   if ((u32)(pid_tgid >> 32) == OWN_TGID) return OWN;
+#ifdef ONLY_SERVED
+  u32 tgid = pid_tgid >> 32;
+  if (!served.lookup(&tgid)) return FILTERED;
+#endif
 #ifdef FILTER_PID
   if ((u32)(pid_tgid >> 32) != FILTER_PID) return FILTERED;
 #endif
@@ -101,18 +105,57 @@ static inline u32 series_for(void *sk, void *tp, u8 role, u32 tgid) {
   return known ? *known : OVERFLOW;
 }
 
+#if SERVE
+static inline int allows(struct allowance *a, u64 now_ns, u64 most) {
+  if ((s64)(now_ns - a->second_ns) >= 1000000000) {
+    a->second_ns = now_ns;
+    a->told = 0;
+  }
+  return a->told++ < most;
+}
+
+/* Who is to hear of a pickup of this process. */
+static inline u32 audience_of(u32 tgid, struct queue *q) {
+  int zero = 0;
+  u32 kinds = ROWS && q->longest_ns >= MIN_NS ? KIND_ROW : 0;
+  struct served *s = served.lookup(&tgid);
+  struct allowance *all = served_all.lookup(&zero);
+  if (!s || !all || q->longest_ns < s->from_ns) return kinds;
+  if (allows(&s->allowance, q->picked_ns, SERVED_EACH) && allows(all, q->picked_ns, SERVED_ALL)) return kinds | KIND_SERVED;
+  ADD(s->untold, 1);
+  return kinds;
+}
+
+static inline u64 told_from(u32 tgid) {
+  struct served *s = served.lookup(&tgid);
+  u64 from_ns = s ? s->from_ns : ~0ULL;
+  return ROWS && from_ns > MIN_NS ? MIN_NS : from_ns;
+}
+#define WORTH_TELLING(q, longest_ns) ((longest_ns) >= (q)->told_ns)
+#else
+static inline u32 audience_of(u32 tgid, struct queue *q) { return ROWS && q->longest_ns >= MIN_NS ? KIND_ROW : 0; }
+#define WORTH_TELLING(q, longest_ns) (ROWS && (longest_ns) >= MIN_NS)
+#endif
+
 static inline void remember_reader(struct books *b, void *sk, void *tp, struct queue *q, u64 pid_tgid) {
   u32 tgid = pid_tgid >> 32, *epoch = epoch_of(tgid);
   q->epoch = epoch ? *(volatile u32 *)epoch : 0; /* before the look-up: what changes meanwhile is seen at the next pickup */
   q->outcome = outcome_for(pid_tgid);
+#if SERVE
+  q->told_ns = told_from(tgid);
+#endif
   q->series = q->outcome == OBSERVED ? series_for(sk, tp, q->role, tgid) : SINK;
   if (q->series == OVERFLOW) ADD(b->series_overflowed, 1);
   /* Others are not remembered: the short path counts what is observed, and a place in the map may become free. */
   q->reader = q->series == OVERFLOW || q->series == SINK ? 0 : READER(pid_tgid);
 }
 
-/* A process is no more what it was: sockets look their series up again, and user space may retire the old ones. */
+/* A process is no more what it was: sockets look their series up again, and user space may retire the old ones. Whoever
+ * asked to be served is gone with it: another program, or another process of that number, has to ask itself. */
 static inline void process_gone(struct process_key process) {
+#if SERVE
+  served.delete(&process.tgid);
+#endif
   u64 *gone_ns = processes.lookup(&process), now = bpf_ktime_get_ns();
   if (!gone_ns) return;
   u32 *epoch = epoch_of(process.tgid);

@@ -166,7 +166,7 @@ int adjust(u64 *ctx) {
   q->n = n - segments;
   OBSERVE(h->sum_ns, sum_ns);
   COUNT(b->observed, segments);
-  if (firsts || (ROWS && longest_ns >= MIN_NS)) {
+  if (firsts || WORTH_TELLING(q, longest_ns)) {
     q->picked_ns = now_ns;
     q->longest_ns = longest_ns;
     q->side = side;
@@ -265,7 +265,7 @@ int drain(u64 *ctx) {
   return 0;
 }
 
-/* What user space should hear of a pickup: its longest wait, if rows are wanted, and the first wait of each bucket. */
+/* What user space should hear of a pickup: its longest wait, if anybody wants that, and the first wait of each bucket. */
 int emit_events(u64 *ctx) {
   void *sk = (void *)ctx[0];
   struct books *b = books_of_cpu();
@@ -275,14 +275,16 @@ int emit_events(u64 *ctx) {
   struct firsts *f = firsts.lookup(&zero);
   void *tp = tcp_sock_of(sk);
   if (!b || !q || !table || !f || !tp) return 0;
+  u32 audience = audience_of(bpf_get_current_pid_tgid() >> 32, q);
+  if (!audience && !q->firsts) return 0;
   struct event e = {};
   describe(sk, tp, q, &e);
-  q->at = ROWS && q->longest_ns >= MIN_NS ? bucket_of(table, q->longest_ns) : 256;
+  q->at = audience << 16 | (audience ? bucket_of(table, q->longest_ns) : 256);
   for (u32 i = 0; i < BUCKETS; i++) { KEEP(i);
     struct first *first = &f->of_bucket[i & 255];
-    u64 row = i == q->at, wait_ns = first->wait_ns;
+    u64 row = i == (q->at & 0xffff), wait_ns = first->wait_ns;
     u32 kind = EXEMPLARS && q->firsts && first->pickup_ns == q->picked_ns ? KIND_EXEMPLAR : 0;
-    if (kind | row) emit(b, &e, i, row ? q->longest_ns : wait_ns, kind | row * KIND_ROW);
+    if (kind | row) emit(b, &e, i, row ? q->longest_ns : wait_ns, kind | row * (q->at >> 16));
   }
   return 0;
 }

@@ -6,7 +6,7 @@ import ctypes as ct
 
 COMM_BYTES = 16  # TASK_COMM_LEN
 OVERFLOW_SERIES, SINK_SERIES, FIRST_SERIES = 0, 1, 2
-KIND_EXEMPLAR, KIND_ROW = 1, 2
+KIND_EXEMPLAR, KIND_ROW, KIND_SERVED = 1, 2, 4
 ROLE_SERVER, ROLE_CLIENT = 0, 1
 
 
@@ -48,8 +48,23 @@ class Identity(ct.Structure):
     _fields_ = [("cgroup_id", ct.c_uint64), ("comm", ct.c_char * COMM_BYTES), ("executable", ct.c_char * 64)]
 
 
+class Allowance(ct.Structure):
+    """struct allowance: events in the second that began at second_ns."""
+
+    _fields_ = [("second_ns", ct.c_uint64), ("told", ct.c_uint64)]
+
+
+class Served(ct.Structure):
+    """struct served: a process that hears of its own pickups from a wait on; `untold`: those that were too many."""
+
+    _fields_ = [("from_ns", ct.c_uint64), ("allowance", Allowance), ("untold", ct.c_uint64)]
+
+
 class Event(ct.Structure):
-    """struct event: times are CLOCK_MONOTONIC, ports in host byte order, addresses as in SeriesKey."""
+    """struct event: times are CLOCK_MONOTONIC, ports in host byte order, addresses as in SeriesKey.
+
+    own_tid is set where a process may be served.
+    """
 
     _fields_ = [
         ("picked_ns", ct.c_uint64),
@@ -66,7 +81,8 @@ class Event(ct.Structure):
         ("bucket", ct.c_uint8),
         ("kind", ct.c_uint8),
         ("role", ct.c_uint8),
-        ("unused", ct.c_uint8 * 7),
+        ("unused", ct.c_uint8 * 3),
+        ("own_tid", ct.c_uint32),
         ("local_address", ct.c_uint8 * 16),
         ("remote_address", ct.c_uint8 * 16),
         ("comm", ct.c_char * COMM_BYTES),

@@ -21,12 +21,14 @@ from .layout import (
     FIRST_SERIES,
     KIND_EXEMPLAR,
     KIND_ROW,
+    KIND_SERVED,
     OVERFLOW_SERIES,
     Books,
     Event,
     Identity,
     ProcessKey,
     SeriesKey,
+    Served,
     histogram_bytes,
 )
 from .libbpf import Libbpf, Map, RingBuffer
@@ -39,6 +41,8 @@ _ZERO_KEY = bytes(4)
 _AHEAD_NS = 5_000_000
 _MOST = 2**63 - 1  # that OTLP's integers hold
 _SERIES_AT_ONCE = 256
+_EPOCHS = 4096  # EPOCHS in bpf/maps.h
+_EPOCH_STEP = 1 << 16  # the kernel adds 1 at a time: no count of its own comes out equal
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,10 @@ class ProbeOptions:
     max_series: int = 2048
     max_sockets: int = 16384  # of the raw flavour; a power of two
     max_chunks: int = CHUNKS
+    serve: int = 0  # processes, at most, that hear of their own pickups
+    serve_each: int = 100  # events a second that one of them gets
+    serve_all: int = 5000  # events a second of all together
+    only_served: bool = False  # what others read is `filtered`
 
     @property
     def buckets(self) -> int:
@@ -100,9 +108,19 @@ class Harvest:
 class Probe:
     """The running programs. All methods may be called from any thread."""
 
-    def __init__(self, options: ProbeOptions, on_row: Callable[[Event], None] | None = None) -> None:
-        """Starts the loader; returns while it compiles. `on_row` gets each pickup's event, from poll or harvest."""
-        self._options, self._on_row = options, on_row
+    def __init__(
+        self,
+        options: ProbeOptions,
+        on_row: Callable[[Event], None] | None = None,
+        on_served: Callable[[Event], None] | None = None,
+        on_harvest: Callable[[Harvest], None] | None = None,
+    ) -> None:
+        """Starts the loader; returns while it compiles.
+
+        `on_row` gets each pickup's event, `on_served` those of processes that are served, both from poll or harvest,
+        and `on_harvest` each interval, whoever ended it.
+        """
+        self._options, self._on_row, self._on_served, self._on_harvest = options, on_row, on_served, on_harvest
         self._libbpf = Libbpf()
         self._copies = min(MAX_COPIES, 1 << (self._libbpf.possible_cpus() - 1).bit_length())
         self._loader = Loader(
@@ -130,6 +148,9 @@ class Probe:
             "DRAIN_CHUNKS": DRAIN_CHUNKS,
             "EXEMPLARS": int(options.exemplars),
             "ROWS": int(options.rows),
+            "SERVE": options.serve,
+            "SERVED_EACH": options.serve_each,
+            "SERVED_ALL": options.serve_all,
             "MIN_NS": (options.min_us or 0) * 1000,
             "OWN_TGID": options.own_tgid,
         }
@@ -142,6 +163,8 @@ class Probe:
         defines |= {name: value for name, value in filters.items() if value is not None}
         if options.key_address:
             defines["KEY_ADDRESS"] = None
+        if options.only_served:
+            defines["ONLY_SERVED"] = None
         return defines
 
     def starting_fd(self) -> int:
@@ -166,6 +189,8 @@ class Probe:
         self._histograms = opened("histograms", 4, value_bytes)
         self._interval = opened("interval", 4, 8)
         self._barrier = opened("barrier", 4, 4)
+        self._epochs = opened("epochs", 4, 4)
+        self._served = opened("served", 4, ct.sizeof(Served)) if self._options.serve else None
         self._side = 0
         self._began_ns = time.monotonic_ns()
         self._slowest: tuple[dict[tuple[int, int], Event], ...] = ({}, {})  # of each side, by (series, bucket)
@@ -191,6 +216,8 @@ class Probe:
             return
         if event.kind & KIND_ROW and self._on_row:
             self._on_row(event)
+        if event.kind & KIND_SERVED and self._on_served:
+            self._on_served(event)
         if event.kind & KIND_EXEMPLAR:
             slowest = self._slowest[event.side]
             known = slowest.get((event.series, event.bucket))
@@ -251,9 +278,11 @@ class Probe:
             self._slowest[old].clear()
             candidates = [(self._live.get(event.series), event) for event in events]
             self._began_ns = ended_ns = max([ended_ns, *(event.picked_ns for event in events)])  # if set too late
-            live = dict(self._live)
+            harvest = Harvest(began_ns, ended_ns, deltas, candidates, dict(self._live))
             self._retire()
-            return Harvest(began_ns, ended_ns, deltas, candidates, live)
+            if self._on_harvest:
+                self._on_harvest(harvest)
+            return harvest
 
     def _read_series(self) -> None:
         for key, value in self._series.items():
@@ -312,6 +341,43 @@ class Probe:
                 self._retiring[index] = 2  # sides
         for key in gone:
             self._processes.delete(key)
+
+    def serve(self, tgid: int, from_ns: int) -> None:
+        """From now on this process's pickups that waited so long are events for `on_served`.
+
+        Until it ends, or execs: then the kernel forgets it. OSError if there are too many.
+        """
+        assert self._served
+        self._served.update(struct.pack("<I", tgid), bytes(Served(from_ns)))
+        self._look_up_again(tgid)
+
+    def stop_serving(self, tgid: int) -> None:
+        """The opposite."""
+        assert self._served
+        self._served.delete(struct.pack("<I", tgid))
+        self._look_up_again(tgid)
+
+    def served(self) -> dict[int, int]:
+        """The processes that are served now: by tgid, how many pickups they did not hear of, as there were too many."""
+        assert self._served
+        return {
+            struct.unpack("<I", key)[0]: Served.from_buffer_copy(value).untold for key, value in self._served.items()
+        }
+
+    def living_process(self, tgid: int) -> ProcessKey | None:
+        """The process of that number, if it has series and has not ended; one that did exec since is another one."""
+        for key, gone_ns in self._processes.items():
+            process = ProcessKey.from_buffer_copy(key)
+            if process.tgid == tgid and not any(gone_ns):
+                return process
+        return None
+
+    def _look_up_again(self, tgid: int) -> None:
+        """Has the kernel's sockets forget who read them, as an exec does."""
+        slot = struct.pack("<I", tgid % _EPOCHS)
+        epoch = self._epochs.lookup(slot)
+        assert epoch
+        self._epochs.update(slot, struct.pack("<I", (struct.unpack("<I", epoch)[0] + _EPOCH_STEP) % (1 << 32)))
 
     def cancel(self) -> None:
         """Ends the loader, if it still runs."""

@@ -70,6 +70,8 @@ def check_unprivileged(probe: Probe) -> None:
             kept = privileges.drop(privileges.account("nobody"))
             probe.harvest()
             probe.statistics()
+            probe.serve(1, 0)
+            assert probe.served() == {1: 0}
             lines = pathlib.Path("/proc/thread-self/status").read_text().splitlines()
             effective = next(int(line.split()[1], 16) for line in lines if line.startswith("CapEff"))
             old = kernel_version() < (5, 19)
@@ -83,10 +85,11 @@ def check_unprivileged(probe: Probe) -> None:
 
 def check(flavour: str) -> None:
     """Loads the programs and sends some segments."""
-    probe = Probe(ProbeOptions(BOUNDS_NS, flavour=flavour, lport=PORT, rows=True), rows.append)
+    probe = Probe(ProbeOptions(BOUNDS_NS, flavour=flavour, lport=PORT, rows=True, serve=16), rows.append, served.append)
     loaded = probe.open()
     began = time.monotonic_ns()
     client, server = connected()
+    probe.serve(os.getpid(), 5_000_000)
     for _ in range(5):  # a healthy reader
         send(client, server, 1)
         time.sleep(0.01)
@@ -117,10 +120,15 @@ def check(flavour: str) -> None:
     unread = segments - again - observed
     assert books == {"received": segments, "observed": observed, "unread": unread}, (segments, books)
     assert sum(row.segments for row in rows) == observed
+    late = [(row.picked_ns, row.segments) for row in rows if row.wait_ns >= 5_000_000]
+    assert late and [(event.picked_ns, event.segments) for event in served] == late
+    assert {event.own_tid for event in served} == {os.getpid()}
+    probe.stop_serving(os.getpid())
     assert all(fewer == 0 for _, _, fewer in probe.statistics().values())
     seconds = " ".join(f"{name} {time_s:.1f}" for name, time_s in loaded.seconds.items())
     print(f"{os.uname().release} {loaded.flavour}: {segments} segments ({seconds} s)", flush=True)
     rows.clear()
+    served.clear()
     check_unprivileged(probe)
     probe.close()
 
@@ -162,6 +170,7 @@ def check_plain_user(folder: pathlib.Path) -> None:
 
 
 rows: list = []  # type: ignore[type-arg]
+served: list = []  # type: ignore[type-arg]
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or flavours():

@@ -23,6 +23,8 @@ WAITS = 3
         pytest.param(ProbeOptions(EXPLICIT, exemplars=False, rows=True), id="table"),
         pytest.param(ProbeOptions(EXPONENTIAL, exemplars=False, rows=True, min_us=1), id="table-exponential-min"),
         pytest.param(ProbeOptions(EXPLICIT, exemplars=False), id="histogram-alone"),
+        pytest.param(ProbeOptions(EXPONENTIAL, serve=16), id="serving"),
+        pytest.param(ProbeOptions(EXPLICIT, exemplars=False, rows=True, min_us=1, serve=16), id="serving-table"),
         pytest.param(ProbeOptions(EXPONENTIAL, rows=True, key_address=True, max_series=16), id="exponential-all"),
         pytest.param(ProbeOptions((1000,), rows=True), id="one-bound"),
         pytest.param(ProbeOptions(explicit_buckets([s / 1e3 for s in range(1, 128)]).bounds_ns), id="most-bounds"),

@@ -185,7 +185,8 @@ def load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
         what = f"bcc could not compile the programs or make their maps: {error}{_memory_advice()}"
         raise LoadError(what) from error
     compiled = time.monotonic()
-    maps = {"events": events_fd, **{name: int(bpf[name].map_fd) for name in MAPS}}
+    names = (*MAPS, "served") if request["defines"]["SERVE"] else MAPS
+    maps = {"events": events_fd, **{name: int(bpf[name].map_fd) for name in names}}
     programs = Programs(bpf, bcc.BPF.RAW_TRACEPOINT, libbpf, btf if flavour == "typed" else None)
     programs.load()
     bounds_ns = request["bounds_ns"] + [NEVER_NS] * (BOUNDS - len(request["bounds_ns"]))

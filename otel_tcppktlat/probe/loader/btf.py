@@ -23,6 +23,7 @@ FIELDS: tuple[Field, ...] = (
     ("task_struct", "self_exec_id"), ("task_struct", "signal"), ("task_struct", "mm"), ("task_struct", "comm"),
     ("signal_struct", "live"), ("mm_struct", "exe_file"), ("file", "f_path"), ("path", "dentry"),
     ("dentry", "d_name"), ("qstr", "name"),
+    ("task_struct", "thread_pid"), ("pid", "level"), ("pid", "numbers"), ("upid", "nr"),
 )  # fmt: skip
 OPTIONAL: tuple[Field, ...] = (
     ("sock_common", "skc_v6_daddr"),
@@ -37,6 +38,7 @@ HEADERS = [
     "linux/fs.h",
     "linux/dcache.h",
     "linux/path.h",
+    "linux/pid.h",
     "linux/skbuff.h",
     "linux/tcp.h",
     "net/sock.h",
