@@ -7,6 +7,7 @@ import os
 import pwd
 import select
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from . import landlock, privileges
 from .probe.launch import Loaded
 from .probe.layout import Event
 from .probe.probe import Probe, ProbeOptions
+from .serving.broker import MOST_CLIENTS, Broker
+from .serving.listening import check_pid_namespace, listen
 from .settings import Settings, SettingsError
 from .table import Table
 
@@ -23,6 +26,7 @@ POLL_S = 1.0
 LONGEST_INTERVAL_S = 60.0  # the kernel's counts of an interval have 32 bits
 LAST_ROWS_S = 0.5
 SHUTDOWN_S = 4.0
+SERVED_TOGETHER_S = 0.005  # late pickups that come so close are told at once
 
 _log = logging.getLogger(__name__)
 
@@ -46,6 +50,8 @@ def _probe_options(settings: Settings) -> ProbeOptions:
         key_address="server.address" in settings.attributes,
         own_tgid=int(os.readlink("/proc/self")),  # of the pid namespace that /proc is of, as are -p and -t
         max_series=_kernel_series(settings.series_limit),
+        serve=MOST_CLIENTS if settings.serves else 0,
+        only_served=settings.serve_application is not None,
     )
 
 
@@ -66,6 +72,7 @@ class _StopSignals:
 def run(settings: Settings) -> None:
     """Runs until told to stop. Raises ProbeError, SettingsError or OSError, none of which needs a traceback."""
     account = _account(settings.user)
+    broker = _broker(settings)
     table = _table(settings) if settings.table else None
     listeners: list[Callable[[Event], None]] = [table.row] if table else []
 
@@ -73,10 +80,14 @@ def run(settings: Settings) -> None:
         for listener in listeners:
             listener(event)
 
-    stop = _StopSignals()
+    ends = [_StopSignals().fd]
+    if settings.serve_application:
+        ends.append(settings.serve_application[1])
     if os.geteuid() != 0:
         privileges.hand_down()  # to the loader
-    probe = Probe(_probe_options(settings), on_row)
+    probe = Probe(
+        _probe_options(settings), on_row, broker.on_served if broker else None, broker.on_harvest if broker else None
+    )
     try:
         privileges.no_new_privileges()
         landlock_abi = landlock.forbid_writing()  # here, as making the exporters starts threads
@@ -87,7 +98,7 @@ def run(settings: Settings) -> None:
 
             if os.geteuid() == 0:  # the files are root's to read, and setresuid() reaches every thread
                 pipeline = Pipeline(settings)
-        if stop.fd in select.select([stop.fd, probe.starting_fd()], [], [])[0]:
+        if {*ends} & {*select.select([*ends, probe.starting_fd()], [], [])[0]}:
             probe.cancel()
             return
         loaded = probe.open()
@@ -101,27 +112,51 @@ def run(settings: Settings) -> None:
         pipeline.start(probe)
         if settings.min_us is not None:
             listeners.append(pipeline.on_row)
+    harvest = pipeline.collector.sweep if pipeline else probe.harvest
+    if broker:
+        broker.start(probe, harvest)
     _describe(settings, loaded, kept_cap_bpf, landlock_abi)
     if table:
         table.header()
     swept_s = time.monotonic()
+    wakers: list[int] = [*ends, probe.epoll_fd(), *([broker.fileno()] if broker else [])]
+    longest_s = TABLE_POLL_S if table else POLL_S
     try:
-        while not select.select([stop.fd, probe.epoll_fd()], [], [], TABLE_POLL_S if table else POLL_S)[0].count(
-            stop.fd
-        ):
+        while True:
+            ready = select.select(wakers, [], [], broker.timeout_s(longest_s) if broker else longest_s)[0]
+            if {*ends} & {*ready}:
+                break
             now_s = time.monotonic()
+            if broker and probe.epoll_fd() in ready:
+                time.sleep(SERVED_TOGETHER_S)
             probe.poll()
             if table:
                 table.flush()
+            if broker:
+                broker.flush()
+                broker.turn()
             if now_s - swept_s >= POLL_S and (probe.gone() or now_s - swept_s >= LONGEST_INTERVAL_S):
                 swept_s = now_s
-                pipeline.collector.sweep() if pipeline else probe.harvest()
+                harvest()
         probe.poll()
         if table:
             table.flush(LAST_ROWS_S)
     finally:
+        if broker:
+            broker.close()
         if pipeline:
             pipeline.shutdown(SHUTDOWN_S)
+
+
+def _broker(settings: Settings) -> Broker | None:
+    """Listens, while the agent may. It may not remove the socket when it ends: whoever serves next does."""
+    if settings.serve_application:
+        check_pid_namespace()
+        return Broker(socket.socket(fileno=settings.serve_application[0]), settings.buckets)
+    if settings.serve:
+        check_pid_namespace()
+        return Broker(listen(settings.serve), settings.buckets)
+    return None
 
 
 def _table(settings: Settings) -> Table:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import pathlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -58,6 +59,17 @@ def _rate(text: str) -> float:
     if not 0 <= rate <= 1e6:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of spans a second from 0 to 1000000")
     return rate
+
+
+def _path(text: str) -> pathlib.Path:
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty: name a path")
+    return pathlib.Path(text).absolute()
+
+
+def _descriptors(text: str) -> tuple[int, int]:
+    listener, pipe = map(int, text.split(","))
+    return listener, pipe
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -115,6 +127,13 @@ def _parser() -> argparse.ArgumentParser:
         default="auto",
         help="of the BPF programs (default: what the kernel has)",
     )
+    add(
+        "--serve",
+        type=_path,
+        metavar="PATH",
+        help="a Unix socket where applications get their own measurements",
+    )
+    add("--serve-application", type=_descriptors, metavar="SOCKET,PIPE", help=argparse.SUPPRESS)  # by the plugin
     add("--user", metavar="USER", default="nobody", help="who to run as after attaching (default %(default)s)")
     return parser
 
@@ -128,6 +147,7 @@ def parse(arguments: Sequence[str]) -> Settings:
     export = not sdk_disabled() and exporter_configured()
     if export:
         check_variables()
+    serves = parsed.serve is not None or parsed.serve_application is not None
     boundaries_s = parse_boundaries(parsed.boundaries) if parsed.boundaries is not None else None
     return Settings(
         pid=parsed.pid,
@@ -139,13 +159,15 @@ def parse(arguments: Sequence[str]) -> Settings:
         wide=parsed.wide,
         verbose=parsed.verbose,
         export=export,
-        table=parsed.table or not export,
+        table=parsed.table or not (export or serves),
         attributes=parse_attributes(parsed.attributes),
         buckets=choose_buckets(boundaries_s),
         series_limit=parsed.series_limit,
         span_rate=parsed.span_rate,
         flavour=parsed.flavour,
         user=parsed.user,
+        serve=parsed.serve,
+        serve_application=parsed.serve_application,
     )
 
 
@@ -186,6 +208,8 @@ def _main(arguments: Sequence[str]) -> int:
     try:
         settings = parse(arguments)
         _log_to_stderr(settings.verbose)
+        if settings.serve_application and os.fork():
+            return 0  # no child of the application's, which may wait for all that it has
         run(settings)
     except SystemExit as done:  # --help, --usage, --version
         return int(done.code or 0)

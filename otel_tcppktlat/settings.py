@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pathlib
 import re
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
@@ -75,6 +76,13 @@ class Settings:
     span_rate: float = DEFAULT_SPAN_RATE
     flavour: str = "auto"
     user: str = "nobody"
+    serve: pathlib.Path | None = None
+    serve_application: tuple[int, int] | None = None  # descriptors: a listening socket, and a pipe whose end is ours
+
+    @property
+    def serves(self) -> bool:
+        """Does anybody hear of his own pickups?"""
+        return self.serve is not None or self.serve_application is not None
 
 
 def sdk_disabled(environ: Mapping[str, str] = os.environ) -> bool:
