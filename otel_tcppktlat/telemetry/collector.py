@@ -103,6 +103,17 @@ def queued_segments(books: Mapping[str, int]) -> int:
     return max(0, books["received"] - sum(books[outcome] for outcome in OUTCOMES))
 
 
+def in_scope(metrics: Sequence[Metric]) -> ScopeMetrics:
+    """Metrics under the scope that no SDK's meter uses: the encoder would let equal ones overwrite each other."""
+    return ScopeMetrics(InstrumentationScope(SCOPE, __version__, SCHEMA_URL), metrics, SCHEMA_URL)
+
+
+def duration_metric(points: Sequence[Point], temporality: AggregationTemporality) -> Metric:
+    """The histogram of these points, at least one."""
+    description = "Time that received TCP segments waited in the receive queue until a thread had read them."
+    return Metric(DURATION, description, "s", histogram_data(points, temporality))
+
+
 class Collector:
     """Totals since the start, and the way from an interval to batches."""
 
@@ -214,9 +225,6 @@ class Collector:
             )
         self._slowest.clear()
 
-    def _scope(self, metrics: list[Metric]) -> ScopeMetrics:
-        return ScopeMetrics(InstrumentationScope(SCOPE, __version__, SCHEMA_URL), metrics, SCHEMA_URL)
-
     def _histogram_batches(self, totals: Mapping[AttributeSet, Totals], unix_ns: int) -> Iterator[Batch]:
         delta = self._temporality.histogram == DELTA
         points: list[Point] = []
@@ -240,13 +248,8 @@ class Collector:
             yield self._histogram_batch(points, taken, size)
 
     def _histogram_batch(self, points: Sequence[Point], taken: Mapping[AttributeSet, Acknowledged], size: int) -> Batch:
-        metric = Metric(
-            DURATION,
-            "Time that received TCP segments waited in the receive queue until a thread had read them.",
-            "s",
-            histogram_data(points, self._temporality.histogram),
-        )
-        return Batch(self._scope([metric]), self._acknowledger(taken), len(points), size)
+        metric = duration_metric(points, self._temporality.histogram)
+        return Batch(in_scope([metric]), self._acknowledger(taken), len(points), size)
 
     def _acknowledger(self, taken: Mapping[AttributeSet, Acknowledged]) -> Callable[[int, bool], None]:
         def acknowledge(rejected: int, _whole: bool) -> None:
@@ -319,7 +322,7 @@ class Collector:
                     if not (whole and key in counts_of_losses):  # what says how much was refused must not be lost
                         self._acknowledged_numbers[key] = value
 
-        return Batch(self._scope(metrics), acknowledge)
+        return Batch(in_scope(metrics), acknowledge)
 
     def _number_metric(self, group: Sequence[_Number], unix_ns: int) -> Metric:
         first = group[0]

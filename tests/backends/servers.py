@@ -179,18 +179,34 @@ class TraceStore(Server):
         raise NotImplementedError
 
     def span(self, trace_id: str) -> dict[str, Any] | None:
-        """A trace's only span, as OTLP JSON with a hex id and its attributes as a dictionary; None: no such trace."""
-        answer = requests.get(f"{self.url}/{self.path}/{trace_id}", headers={"Accept": "application/json"}, timeout=30)
+        """A trace's only span, as trace() has it; None: no such trace."""
+        spans = self.trace(trace_id)
+        assert len(spans) <= 1
+        return spans[0] if spans else None
+
+    def trace(self, trace_id: str) -> list[dict[str, Any]]:
+        """A trace's spans, as OTLP JSON with hex ids and attributes as a dictionary; none: no such trace."""
+        return self._spans(f"{self.path}/{trace_id}")
+
+    def _spans(self, path: str, **query: Any) -> list[dict[str, Any]]:
+        answer = requests.get(f"{self.url}/{path}", query, headers={"Accept": "application/json"}, timeout=30)
         if answer.status_code == 404:
-            return None
+            return []
         assert answer.ok, answer.text
         found = answer.json()
         for key in self.resource_spans:
             found = found[key]
-        (resource_spans,) = found
-        ((span,),) = (scope["spans"] for scope in resource_spans["scopeSpans"])
-        attributes = {one["key"]: plain(one["value"]) for one in span["attributes"]}
-        return {**span, "spanId": hexadecimal(span["spanId"]), "attributes": attributes}
+        return [
+            {
+                **span,
+                "spanId": hexadecimal(span["spanId"]),
+                "parentSpanId": hexadecimal(parent) if (parent := span.get("parentSpanId")) else "",
+                "attributes": {one["key"]: plain(one["value"]) for one in span.get("attributes", ())},
+            }
+            for resource_spans in found
+            for scope in resource_spans["scopeSpans"]
+            for span in scope["spans"]
+        ]
 
 
 def plain(value: Mapping[str, Any]) -> Any:
@@ -236,6 +252,12 @@ class Jaeger(TraceStore):
         }
         (folder / "jaeger.yaml").write_text(yaml.safe_dump(configuration))
         return [str(JAEGER.binary), "--config=jaeger.yaml"], "api/services"
+
+    def find(self, service: str, name: str) -> list[dict[str, Any]]:
+        """The spans of this name of all traces that a service has a part in."""
+        query = {"query.service_name": service, "query.operation_name": name, "query.num_traces": 1000}
+        query |= {"query.start_time_min": "2000-01-01T00:00:00Z", "query.start_time_max": "2200-01-01T00:00:00Z"}
+        return [span for span in self._spans(self.path, **query) if span["name"] == name]
 
 
 class Collector(Server):

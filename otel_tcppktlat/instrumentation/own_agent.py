@@ -1,0 +1,101 @@
+"""An agent of the application's own, for one that may load eBPF programs on a host where no agent serves.
+
+It is the same agent in a process of its own, without privilege once it has attached, that sees only what asks it: the
+application and the children that it forks, which find it by an abstract socket. It lives as long as one of them does:
+they hold the writing end of a pipe, and it the other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import pathlib
+import secrets
+import socket
+import subprocess
+import sys
+import tempfile
+
+from ..serving.listening import BACKLOG, check_pid_namespace
+from ..settings import AGGREGATION
+
+START_S = 60.0  # a compiler on a busy machine
+_PACKAGE_PARENT = pathlib.Path(__file__).resolve().parents[2]
+_START = "import sys; sys.path.append(sys.argv.pop(1)); from otel_tcppktlat.__main__ import main; main()"
+_CAP_SYS_ADMIN, _CAP_PERFMON, _CAP_BPF = 21, 38, 39
+
+_log = logging.getLogger(__name__)
+
+
+def may_load() -> bool:
+    """May this process load eBPF programs, and does it see the host's process ids?"""
+    try:
+        check_pid_namespace()
+        lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return False
+    effective = next(int(line.split()[1], 16) for line in lines if line.startswith("CapEff"))
+    either = effective >> _CAP_SYS_ADMIN & 1, effective >> _CAP_BPF & effective >> _CAP_PERFMON & 1
+    return any(either) and "python" in os.path.basename(sys.executable or "")
+
+
+class OwnAgent:
+    """Where it will be found, at once; start() starts it, in its own time."""
+
+    def __init__(self) -> None:
+        """Listens. OSError."""
+        self.address = f"\0otel-tcppktlat-{secrets.token_hex(16)}"
+        self._listener: socket.socket | None = socket.socket(socket.AF_UNIX)
+        self._listener.bind(self.address)
+        self._listener.listen(BACKLOG)
+        self._theirs, self._ours = os.pipe2(os.O_CLOEXEC)
+        self._errors = tempfile.TemporaryFile()
+
+    def start(self) -> None:
+        """Starts it; it leaves this process's children at once. Raises OSError if it cannot be started."""
+        assert self._listener
+        descriptors = self._listener.fileno(), self._theirs
+        environment = {
+            name: value for name, value in os.environ.items() if not name.startswith("OTEL_") or name == AGGREGATION
+        }
+        command = [
+            sys.executable,
+            "-I",
+            "-c",
+            _START,
+            str(_PACKAGE_PARENT),
+            "--serve-application",
+            ",".join(map(str, descriptors)),
+        ]
+        starting = subprocess.Popen(
+            command,
+            pass_fds=descriptors,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=self._errors,
+            cwd="/",
+            start_new_session=True,
+        )
+        starting.wait()
+        self.forked()
+
+    def trouble(self) -> str:
+        """What it complained about, one line, or nothing."""
+        self._errors.seek(0)
+        lines = self._errors.read().decode(errors="replace").splitlines()
+        return lines[-1].removeprefix("otel-tcppktlat: ") if lines else ""
+
+    def forked(self) -> None:
+        """Closes what only the agent shall hold: then a connection is refused once it has ended."""
+        if self._listener:
+            self._listener.close()
+            self._listener = None
+            with contextlib.suppress(OSError):
+                os.close(self._theirs)
+
+    def end(self) -> None:
+        """Lets go of it: it ends when nobody is left."""
+        self.forked()
+        os.close(self._ours)

@@ -1,0 +1,99 @@
+"""Late pickups of this process as spans: children of the one that was current on the thread that read, if known."""
+
+from __future__ import annotations
+
+import heapq
+import os
+import pathlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from opentelemetry.context import Context
+from opentelemetry.trace import NonRecordingSpan, SpanContext, SpanKind, Tracer, set_span_in_context
+
+from ..events import span_attributes
+from ..probe.layout import ROLE_CLIENT, Event, Identity, ProcessKey, SeriesKey
+from ..probe.probe import Series
+from ..series import ATTRIBUTES, AttributeSet
+from ..telemetry.spans import SPAN_NAME
+from .current import SUPPRESSED, CurrentSpans
+
+BUDGET_S = 10.0  # that are saved up
+
+
+@dataclass(frozen=True)
+class MadeSpan:
+    """A pickup whose span is sampled."""
+
+    event: Event
+    attributes: AttributeSet
+    context: SpanContext
+    end_unix_ns: int
+
+
+def monotonic_offset_ns() -> int:
+    """What this process's CLOCK_MONOTONIC has more than the kernel's own: see time_namespaces(7)."""
+    try:
+        for line in pathlib.Path("/proc/self/timens_offsets").read_text().splitlines():
+            name, seconds, ns = line.split()
+            if name in ("monotonic", "1"):
+                return int(seconds) * 10**9 + int(ns)
+    except (OSError, ValueError):
+        pass  # a kernel without time namespaces
+    return 0
+
+
+def _series_of(event: Event, executable: bytes, comm: bytes) -> Series:
+    client = event.role == ROLE_CLIENT
+    key = SeriesKey(
+        ProcessKey(0, event.tgid, 0), event.remote_port if client else event.local_port, event.family, event.role
+    )
+    key.address = event.remote_address if client else event.local_address
+    return Series(key, Identity(0, comm, executable))
+
+
+class ReceiveSpans:
+    """Makes the spans: `rate` a second, as an average; what was left of the last seconds may be spent at once."""
+
+    def __init__(self, tracer: Tracer, current: CurrentSpans, attributes: Sequence[str], rate: float) -> None:
+        self._tracer, self._current, self._names, self._rate = tracer, current, attributes, rate
+        self._most = max(1.0, rate * BUDGET_S)
+        self._left, self._filled_s = self._most if rate else 0.0, time.monotonic()
+        self._offset_ns = monotonic_offset_ns()
+        executable = os.readlink("/proc/self/exe").removesuffix(" (deleted)")
+        self._executable = os.path.basename(executable).encode()[:63]
+        self._comm = pathlib.Path("/proc/self/comm").read_bytes().rstrip(b"\n")
+        self.suppressed = 0
+
+    def make(self, events: Sequence[Event]) -> list[MadeSpan]:
+        """Starts and ends spans for the slowest of these; returns those that are sampled."""
+        now_s = time.monotonic()
+        self._left = min(self._most, self._left + (now_s - self._filled_s) * self._rate)
+        self._filled_s = now_s
+        chosen = heapq.nlargest(int(self._left), events, key=lambda event: event.wait_ns)
+        self._left -= len(chosen)
+        self.suppressed += len(events) - len(chosen)
+        unix_offset_ns = time.time_ns() - time.monotonic_ns() + self._offset_ns
+        made = (self._make(event, unix_offset_ns) for event in sorted(chosen, key=lambda event: event.picked_ns))
+        return [each for each in made if each]
+
+    def _make(self, event: Event, unix_offset_ns: int) -> MadeSpan | None:
+        parent = self._current.at(event.own_tid, event.picked_ns + self._offset_ns)
+        if parent is SUPPRESSED or (parent and not parent.trace_flags.sampled):
+            return None
+        context = set_span_in_context(NonRecordingSpan(parent), Context()) if parent else Context()
+        event.tgid, event.tid = os.getpid(), event.own_tid  # as this process's own pid namespace has them
+        series = _series_of(event, self._executable, self._comm)
+        attributes = tuple((name, ATTRIBUTES[name](series)) for name in self._names)
+        end_ns = event.picked_ns + unix_offset_ns
+        span = self._tracer.start_span(
+            SPAN_NAME,
+            context=context,
+            kind=SpanKind.INTERNAL,
+            attributes=span_attributes(event, attributes),
+            start_time=end_ns - event.wait_ns,
+        )
+        span.end(end_time=end_ns)
+        made = span.get_span_context()
+        return MadeSpan(event, attributes, made, end_ns) if made.trace_flags.sampled else None
