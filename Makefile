@@ -48,7 +48,7 @@ kernels: bcc $(VENV)/.installed-test
 soak: bcc $(VENV)/.installed-test
 	$(AS_ROOT) env PYTHONPATH=tests $(VENV)/bin/python -m tests.soak $(if $(MINUTES),--minutes $(MINUTES))
 
-bench: bcc $(VENV)/.installed-test
+bench: bcc bench-tools $(VENV)/.installed-test
 	$(AS_ROOT) $(VENV)/bin/python -m tests.benchmarks
 
 # bcc is the distribution's own package; PyPI's `bcc` is another project.
@@ -62,11 +62,19 @@ install-bcc:
 	elif command -v dnf >/dev/null; then $(SUDO) dnf install -y -q python3-bcc; \
 	else echo "install your distribution's bcc for Python, then try again" >&2; exit 1; fi
 
-# systemd-analyze reads the unit, setpriv grants what it grants.
+# systemd-analyze reads the unit, setpriv grants what it grants; instrumented applications ask redis-server and PostgreSQL.
 .PHONY: test-tools
 test-tools:
-	@command -v systemd-analyze >/dev/null && command -v setpriv >/dev/null || { $(SUDO) apt-get update -qq && \
-	  $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends systemd util-linux >/dev/null; }
+	@command -v systemd-analyze >/dev/null && command -v setpriv >/dev/null && command -v redis-server >/dev/null && \
+	  ls /usr/lib/postgresql/*/bin/postgres >/dev/null 2>&1 || \
+	  { $(SUDO) apt-get update -qq && $(SUDO) env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install -y -qq \
+	  --no-install-recommends systemd util-linux redis-server postgresql >/dev/null; }
+
+# wrk drives the instrumented application.
+.PHONY: bench-tools
+bench-tools:
+	@command -v wrk >/dev/null || { $(SUDO) apt-get update -qq && \
+	  $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends wrk >/dev/null; }
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

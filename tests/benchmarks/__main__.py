@@ -10,18 +10,20 @@ import sys
 import tempfile
 import warnings
 
-from . import footprint, pingpong, series, start
-from .kernel import Kernel
-from .machine import Cores
-from .report import BenchmarkError, Report
+sys.path.append(str(pathlib.Path(__file__).parents[1]))  # as pytest has it
 
-PARTS = ("pingpong", "agent", "series", "start")
+from . import footprint, instrumentation, pingpong, series, start  # noqa: E402
+from .kernel import Kernel  # noqa: E402
+from .machine import Cores  # noqa: E402
+from .report import BenchmarkError, Report  # noqa: E402
+
+PARTS = ("pingpong", "agent", "series", "start", "instrumentation")
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description="What tracing costs.")
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
-    parser.add_argument("--rounds", type=int, help="interleaved (default: pingpong 60, agent 3, series 4, start 5)")
+    parser.add_argument("--rounds", type=int, help="interleaved (pingpong 60, agent 3, series 4, start 5, else 12)")
     parser.add_argument("--seconds", type=float, default=0.15, help="of each measurement (default: %(default)s)")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="every single figure")
     parser.add_argument("--not-alone", action="store_true", help="do not wait for other tracers to end")
@@ -50,6 +52,10 @@ def main() -> int:
                     report = footprint.run(kernel, folder, cores, arguments.rounds or 3, arguments.seconds)
                 elif part == "series":
                     report = series.run(kernel, arguments.rounds or 4)
+                elif part == "instrumentation":
+                    report = instrumentation.run(
+                        folder, cores, arguments.rounds or 12, max(2, round(arguments.seconds))
+                    )
                 else:
                     report = start.run(kernel, arguments.rounds or 5)
                 reports[part] = report
