@@ -85,7 +85,8 @@ def check_unprivileged(probe: Probe) -> None:
 
 def check(flavour: str) -> None:
     """Loads the programs and sends some segments."""
-    probe = Probe(ProbeOptions(BOUNDS_NS, flavour=flavour, lport=PORT, rows=True, serve=16), rows.append, served.append)
+    options = ProbeOptions(BOUNDS_NS, flavour=flavour, lport=PORT, rows=True, serve=16, serve_each=1000)
+    probe = Probe(options, rows.append, served.append)
     loaded = probe.open()
     began = time.monotonic_ns()
     client, server = connected()
@@ -121,7 +122,8 @@ def check(flavour: str) -> None:
     assert books == {"received": segments, "observed": observed, "unread": unread}, (segments, books)
     assert sum(row.segments for row in rows) == observed
     late = [(row.picked_ns, row.segments) for row in rows if row.wait_ns >= 5_000_000]
-    assert late and [(event.picked_ns, event.segments) for event in served] == late
+    heard = [(event.picked_ns, event.segments) for event in served]
+    assert late and heard == late, (heard, late, probe.served())
     assert {event.own_tid for event in served} == {os.getpid()}
     probe.stop_serving(os.getpid())
     assert all(fewer == 0 for _, _, fewer in probe.statistics().values())
