@@ -17,13 +17,13 @@ import subprocess
 import sys
 import tempfile
 
+from ..probe.loader import capabilities
 from ..serving.listening import BACKLOG, check_pid_namespace
 from ..settings import AGGREGATION
 
 START_S = 60.0  # a compiler on a busy machine
 _PACKAGE_PARENT = pathlib.Path(__file__).resolve().parents[2]
 _START = "import sys; sys.path.append(sys.argv.pop(1)); from otel_tcppktlat.__main__ import main; main()"
-_CAP_SYS_ADMIN, _CAP_PERFMON, _CAP_BPF = 21, 38, 39
 
 _log = logging.getLogger(__name__)
 
@@ -32,12 +32,10 @@ def may_load() -> bool:
     """May this process load eBPF programs, and does it see the host's process ids?"""
     try:
         check_pid_namespace()
-        lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+        privileged = capabilities.may_load()
     except OSError:
         return False
-    effective = next(int(line.split()[1], 16) for line in lines if line.startswith("CapEff"))
-    either = effective >> _CAP_SYS_ADMIN & 1, effective >> _CAP_BPF & effective >> _CAP_PERFMON & 1
-    return any(either) and "python" in os.path.basename(sys.executable or "")
+    return privileged and "python" in os.path.basename(sys.executable or "")
 
 
 class OwnAgent:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import pathlib
 import resource
 import socket
 import stat
 
+from ..probe.loader.pids import in_host_namespace
 from .connection import is_served
 
 BACKLOG, DESCRIPTORS = 64, 4096
-_INITIAL_PID_NAMESPACE = 0xEFFFFFFC  # PROC_PID_INIT_INO, include/linux/proc_ns.h
 
 
 def check_pid_namespace() -> None:
     """Raises OSError unless process ids here are those that the kernel's programs see."""
-    if os.stat("/proc/self/ns/pid").st_ino != _INITIAL_PID_NAMESPACE:
+    if not in_host_namespace():
         raise OSError("--serve needs the host's pid namespace: run it there (hostPID: true in Kubernetes)")
 
 

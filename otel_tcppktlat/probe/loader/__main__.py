@@ -20,8 +20,9 @@ from typing import Any, Optional
 
 from . import START
 from .btf import Btf, MissingField, as_flags, offsets_from_btf, offsets_from_headers
+from .capabilities import may_load
 from .pids import HostIds, in_host_namespace
-from .program import LoadError, Programs, kfunc_flags, read_source
+from .program import Kfuncs, LoadError, Programs, read_source
 
 MAPS = (
     "books", "processes", "series", "free_series", "identities", "histograms", "interval", "barrier",
@@ -140,7 +141,7 @@ def load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
     """Does what the request asks; raises Refusal, MissingField or LoadError."""
     _check_kernel()
     libbpf = _load_libbpf()
-    if not _has_bpf_capabilities():
+    if not may_load():
         raise Refusal("loading eBPF programs needs root, or CAP_BPF and CAP_PERFMON: run it with sudo")
     bcc = _bcc()
     if bcc is None:
@@ -174,8 +175,10 @@ def load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
     flags = [f"-D{name}" if value is None else f"-D{name}={value}" for name, value in defines.items()]
     flags.append(f"-DSELF_INTERRUPTING={int(_kernel_version() < (6, 1))}")
     flags += [f"-DTYPED={int(flavour == 'typed')}", *as_flags(offsets)]
-    if btf and flavour == "typed":
-        flags += kfunc_flags(btf)
+    typed_btf = btf if flavour == "typed" else None
+    kfuncs = Kfuncs.of(typed_btf) if typed_btf else None
+    if kfuncs:
+        flags += kfuncs.flags()
     events_fd = _create_ring_buffer(libbpf, defines["RING_BYTES"])
     flags.append(f"-DEVENTS_FD={events_fd}")
     text = read_source(pathlib.Path(request["bpf"]))
@@ -187,7 +190,7 @@ def load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
     compiled = time.monotonic()
     names = (*MAPS, "served") if request["defines"]["SERVE"] else MAPS
     maps = {"events": events_fd, **{name: int(bpf[name].map_fd) for name in names}}
-    programs = Programs(bpf, bcc.BPF.RAW_TRACEPOINT, libbpf, btf if flavour == "typed" else None)
+    programs = Programs(bpf, bcc.BPF.RAW_TRACEPOINT, libbpf, typed_btf, kfuncs)
     programs.load()
     bounds_ns = request["bounds_ns"] + [NEVER_NS] * (BOUNDS - len(request["bounds_ns"]))
     libbpf.bpf_map_update_elem.argtypes = [ct.c_int, ct.c_char_p, ct.c_char_p, ct.c_uint64]
@@ -215,13 +218,6 @@ def load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
         "seconds": {"import": imported - _BEGAN_S, "compile": compiled - imported, "load": attached - compiled},
     }
     return answer, list(descriptors.values())
-
-
-def _has_bpf_capabilities() -> bool:
-    cap_sys_admin, cap_perfmon, cap_bpf = 21, 38, 39
-    with open("/proc/self/status") as status:
-        effective = next(int(line.split()[1], 16) for line in status if line.startswith("CapEff"))
-    return bool(effective >> cap_sys_admin & 1 or effective >> cap_bpf & 1 and effective >> cap_perfmon & 1)
 
 
 def main() -> None:

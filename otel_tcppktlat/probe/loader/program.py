@@ -70,30 +70,44 @@ def read_source(folder: pathlib.Path) -> str:
     return "".join(f'#line 1 "{name}"\n{(folder / name).read_text()}' for name in SOURCES)
 
 
-def kfunc_flags(btf: Btf) -> list[str]:
-    """The compiler's flags for the kfuncs that this kernel has (Documentation/bpf/kfuncs.rst)."""
-    if btf.function_id("bpf_rdonly_cast") is None:
-        return []
-    return [f"-DRDONLY_CAST={RDONLY_CAST}", f"-DTCP_SOCK_ID={btf.struct_id('tcp_sock')}"]
+@dataclass(frozen=True)
+class Kfuncs:
+    """BTF ids of the kernel's functions that the programs call (Documentation/bpf/kfuncs.rst), and of what they take.
 
+    Looked up once: libbpf searches all of the kernel's types for each.
+    """
 
-def with_kfuncs(code: bytes, btf: Btf) -> bytes:
-    """Bytecode whose calls of RDONLY_CAST are calls of the kfunc."""
-    function_id = btf.function_id("bpf_rdonly_cast")
-    changed = bytearray(code)
-    for at in range(0, len(code), 8):  # struct bpf_insn: opcode, registers, offset, immediate
-        if code[at] == OPCODE_CALL and code[at + 4 : at + 8] == RDONLY_CAST.to_bytes(4, "little"):
-            assert function_id is not None
-            changed[at : at + 8] = struct.pack("<BBhI", OPCODE_CALL, PSEUDO_KFUNC_CALL << 4, 0, function_id)
-    return bytes(changed)
+    rdonly_cast: int
+    tcp_sock: int
+
+    @classmethod
+    def of(cls, btf: Btf) -> Optional[Kfuncs]:
+        """This kernel's, if it has them."""
+        function, struct_type = btf.function_id("bpf_rdonly_cast"), btf.struct_id("tcp_sock")
+        return cls(function, struct_type) if function is not None and struct_type is not None else None
+
+    def flags(self) -> list[str]:
+        """The compiler's."""
+        return [f"-DRDONLY_CAST={RDONLY_CAST}", f"-DTCP_SOCK_ID={self.tcp_sock}"]
+
+    def called(self, code: bytes) -> bytes:
+        """Bytecode whose calls of RDONLY_CAST are calls of the kfunc."""
+        changed = bytearray(code)
+        for at in range(0, len(code), 8):  # struct bpf_insn: opcode, registers, offset, immediate
+            if code[at] == OPCODE_CALL and code[at + 4 : at + 8] == RDONLY_CAST.to_bytes(4, "little"):
+                changed[at : at + 8] = struct.pack("<BBhI", OPCODE_CALL, PSEUDO_KFUNC_CALL << 4, 0, self.rdonly_cast)
+        return bytes(changed)
 
 
 class Programs:
     """The loaded programs of one flavour."""
 
-    def __init__(self, bpf: Any, raw_tracepoint: int, libbpf: ct.CDLL, btf: Optional[Btf]) -> None:
-        """`bpf` is bcc's compiled object; with `btf` the flavour is typed, without it raw."""
+    def __init__(
+        self, bpf: Any, raw_tracepoint: int, libbpf: ct.CDLL, btf: Optional[Btf], kfuncs: Optional[Kfuncs]
+    ) -> None:
+        """`bpf` is bcc's compiled object; with `btf` the flavour is typed, without it raw. `kfuncs`: it was told of."""
         self._bpf, self._raw_tracepoint, self._lib, self._btf = bpf, raw_tracepoint, libbpf, btf
+        self._kfuncs = kfuncs
         libbpf.bpf_prog_load.argtypes = [ct.c_int, ct.c_char_p, ct.c_char_p, ct.c_char_p, ct.c_size_t, ct.c_void_p]
         libbpf.bpf_raw_tracepoint_open.argtypes = [ct.c_char_p, ct.c_int]
         self.descriptors: dict[str, int] = {}
@@ -126,7 +140,9 @@ class Programs:
             raise LoadError(f"the kernel refused program {hook.function}: {error}") from error
 
     def _load_typed(self, hook: Hook, btf: Btf) -> int:
-        code = with_kfuncs(self._bpf.dump_func(hook.function), btf)
+        code: bytes = self._bpf.dump_func(hook.function)
+        if self._kfuncs:
+            code = self._kfuncs.called(code)
         options = _LoadOptions(
             sz=ct.sizeof(_LoadOptions),
             expected_attach_type=ATTACH_TRACE_RAW_TP,
