@@ -27,11 +27,9 @@ from ..probe.probe import Delta
 from ..series import AttributeSet, SeriesTotals
 from ..serving.area import Row
 from ..settings import EXEMPLAR_FILTER
-from ..telemetry.collector import SCHEMA_URL, SCOPE, duration_metric, in_scope
+from ..telemetry.collector import SCHEMA_URL, SELF_SCOPE, duration_metric, in_scope
 from ..telemetry.points import CUMULATIVE, DELTA, Acknowledged, histogram_point
 from .spans import MadeSpan
-
-SELF_SCOPE = f"{SCOPE}.self"
 
 _log = logging.getLogger(__name__)
 
@@ -177,9 +175,9 @@ class ReceiveHistogram:
         points = []
         for attributes, total in totals.totals.items():
             since = state.collected.get(attributes, nothing) if temporality == DELTA else nothing
-            if temporality == DELTA and since.counts == tuple(total.counts):
-                continue
             if temporality == DELTA:
+                if since.counts == tuple(total.counts):
+                    continue
                 state.collected[attributes] = Acknowledged(tuple(total.counts), total.sum_ns, unix_ns)
             found = [*exemplars.get(attributes, {}).values()]
             points.append(histogram_point(buckets, attributes, total, since, unix_ns, found))

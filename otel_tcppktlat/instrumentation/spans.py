@@ -10,13 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from opentelemetry.context import Context
-from opentelemetry.trace import NonRecordingSpan, SpanContext, SpanKind, Tracer, set_span_in_context
+from opentelemetry.trace import NonRecordingSpan, SpanContext, Tracer, set_span_in_context
 
-from ..events import span_attributes
 from ..probe.layout import ROLE_CLIENT, Event, Identity, ProcessKey, SeriesKey
 from ..probe.probe import Series
 from ..series import ATTRIBUTES, AttributeSet
-from ..telemetry.spans import SPAN_NAME
+from ..telemetry.spans import record_span
 from .current import SUPPRESSED, CurrentSpans
 
 BUDGET_S = 10.0  # that are saved up
@@ -87,13 +86,5 @@ class ReceiveSpans:
         series = _series_of(event, self._executable, self._comm)
         attributes = tuple((name, ATTRIBUTES[name](series)) for name in self._names)
         end_ns = event.picked_ns + unix_offset_ns
-        span = self._tracer.start_span(
-            SPAN_NAME,
-            context=context,
-            kind=SpanKind.INTERNAL,
-            attributes=span_attributes(event, attributes),
-            start_time=end_ns - event.wait_ns,
-        )
-        span.end(end_time=end_ns)
-        made = span.get_span_context()
-        return MadeSpan(event, attributes, made, end_ns) if made.trace_flags.sampled else None
+        made = record_span(self._tracer, event, attributes, end_ns, context)
+        return MadeSpan(event, attributes, made, end_ns) if made else None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ..probe.layout import ProcessKey
-from ..probe.probe import Harvest
+from ..probe.probe import Harvest, Series
+from ..series import Totals
 from .area import Row
 
 
@@ -11,24 +12,22 @@ class ProcessTotals:
     """Totals of the processes that the kernel has series of; one that is gone, and counted, is forgotten."""
 
     def __init__(self) -> None:
-        self._rows: dict[bytes, dict[bytes, Row]] = {}  # by process, by series
+        self._totals: dict[bytes, dict[bytes, tuple[Series, Totals]]] = {}  # by process, by series
 
     def add(self, harvest: Harvest) -> None:
         """Adds an interval."""
         for delta in harvest.deltas:
             if delta.series is None:  # the kernel's overflow series is nobody's
                 continue
-            rows = self._rows.setdefault(bytes(delta.series.key.process), {})
+            of_process = self._totals.setdefault(bytes(delta.series.key.process), {})
             key = bytes(delta.series.key)
-            sum_ns, counts = delta.sum_ns, [*delta.counts]
-            if known := rows.get(key):
-                sum_ns += known.sum_ns
-                counts = [before + more for before, more in zip(known.counts, counts, strict=True)]
-            rows[key] = Row(delta.series, sum_ns, counts)
+            _, known = of_process.get(key, (delta.series, Totals((0,) * len(delta.counts))))
+            of_process[key] = delta.series, known.plus(delta)
         alive = {bytes(series.key.process) for series in harvest.live.values()}
-        for gone in self._rows.keys() - alive:
-            del self._rows[gone]
+        for gone in self._totals.keys() - alive:
+            del self._totals[gone]
 
     def rows(self, process: ProcessKey) -> list[Row]:
         """One process's."""
-        return [*self._rows.get(bytes(process), {}).values()]
+        of_process = self._totals.get(bytes(process), {}).values()
+        return [Row(series, totals.sum_ns, totals.counts) for series, totals in of_process]

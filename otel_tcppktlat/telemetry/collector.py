@@ -31,6 +31,7 @@ from .points import (
 from .spans import Candidate, SpanBudget
 
 SCOPE = "otel_tcppktlat"
+SELF_SCOPE = f"{SCOPE}.self"  # an SDK's meter must not share the injected metrics' scope: the encoder would drop one
 SCHEMA_URL = "https://opentelemetry.io/schemas/1.44.0"
 DURATION = "tcppktlat.receive_queue.duration"
 REJECTED, DROPPED = LOSSES = ("tcppktlat.points.rejected", "tcppktlat.spans.dropped")

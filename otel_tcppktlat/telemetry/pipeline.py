@@ -39,13 +39,12 @@ from ..probe.layout import Event
 from ..probe.probe import Probe
 from ..series import SeriesTotals
 from ..settings import EXEMPLAR_FILTER, Settings, export_interval_s
-from .collector import SCHEMA_URL, SCOPE, Collector, Temporality
+from .collector import SCHEMA_URL, SCOPE, SELF_SCOPE, Collector, Temporality
 from .exporters import make_watch, metric_exporter_maker, span_exporter_maker
 from .injection import InjectingExporter, NoExporter
 from .sending import Sender
 from .spans import Handover, SpanBudget
 
-SELF_SCOPE = f"{SCOPE}.self"  # an SDK's meter must not share the injected metrics' scope: the encoder would drop one
 DEFAULT_SERVICE_NAME = "otel-tcppktlat"
 _INSTANCE_NAMESPACE = uuid.UUID("4d63009a-8d0f-11ee-aad7-4c796ed8e320")  # the conventions' own, for inherent ids
 _DEFAULT_DETECTORS = "host,os,otel"  # the last one wins: OTEL_RESOURCE_ATTRIBUTES

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from opentelemetry.context import Context
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
-from opentelemetry.trace import SpanKind, Tracer
+from opentelemetry.trace import SpanContext, SpanKind, Tracer
 
 from ..events import span_attributes
 from ..probe.layout import KIND_ROW, Event
@@ -21,6 +21,22 @@ from ..series import AttributeSet
 from .sending import Fate, Sender, fate
 
 SPAN_NAME = "tcp receive"
+
+
+def record_span(
+    tracer: Tracer, event: Event, attributes: AttributeSet, end_unix_ns: int, parent: Context
+) -> SpanContext | None:
+    """Starts and ends a wait's span; an empty context makes a trace of its own. None if it is not sampled."""
+    span = tracer.start_span(
+        SPAN_NAME,
+        context=parent,
+        kind=SpanKind.INTERNAL,
+        attributes=span_attributes(event, attributes),
+        start_time=end_unix_ns - event.wait_ns,
+    )
+    span.end(end_time=end_unix_ns)
+    context = span.get_span_context()
+    return context if context.trace_flags.sampled else None
 
 
 @dataclass(frozen=True)
@@ -180,17 +196,8 @@ class SpanBudget:
 
     def _make_span(self, tracer: Tracer, candidate: Candidate, unix_offset_ns: int) -> SpanIds | None:
         event = candidate.event
-        end_ns = event.picked_ns + unix_offset_ns
-        span = tracer.start_span(
-            SPAN_NAME,
-            context=Context(),  # a trace of its own
-            kind=SpanKind.INTERNAL,
-            attributes=span_attributes(event, candidate.attributes),
-            start_time=end_ns - event.wait_ns,
-        )
-        span.end(end_time=end_ns)
-        context = span.get_span_context()
-        if not context.trace_flags.sampled:
+        context = record_span(tracer, event, candidate.attributes, event.picked_ns + unix_offset_ns, Context())
+        if context is None:
             return None
         self._given += 1
         return SpanIds(context.trace_id, context.span_id)
