@@ -20,7 +20,7 @@ from otel_tcppktlat.demo.receiver import Receiver
 from otel_tcppktlat.probe.layout import Event
 from otel_tcppktlat.probe.libbpf import Libbpf
 from otel_tcppktlat.probe.probe import RING_BYTES
-from support.agent import Agent
+from support.agent import Agent, loader_of
 from telemetry import told
 from telemetry.told import Listener, deliver
 
@@ -99,10 +99,7 @@ def compiling(variables: dict[str, str]) -> Iterator[tuple[subprocess.Popen[str]
         stderr=subprocess.PIPE,
         text=True,
     ) as agent:
-        children = pathlib.Path(f"/proc/{agent.pid}/task/{agent.pid}/children")
-        told.eventually(lambda: children.read_text().split())
-        (loader,) = children.read_text().split()
-        yield agent, int(loader)
+        yield agent, loader_of(agent.pid)
 
 
 @pytest.mark.parametrize("after_s", [0, 0.5])

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from backends import build
+from backends.chain import KINDS, ROUTES
 from backends.servers import Jaeger, TraceStore
 
 
@@ -24,3 +25,13 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TraceStore]:
     """Where spans go to: Jaeger; tempo.py has another."""
     with Jaeger(tmp_path_factory.mktemp("jaeger")) as it:
         yield it
+
+
+@pytest.fixture(params=ROUTES)
+def route(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)

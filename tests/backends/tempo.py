@@ -18,8 +18,6 @@ from backends.chain import STRAIGHT
 from backends.servers import TraceStore, free_port
 from backends.test_routes import (  # noqa: F401
     Told,
-    kind,
-    route,
     test_every_slow_bucket_leads_to_its_span,
     told,
 )

@@ -69,16 +69,6 @@ def stop(agents: Iterable[Agent]) -> None:
         assert agent.process.wait(60) == 0
 
 
-@pytest.fixture(params=ROUTES)
-def route(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture(params=KINDS)
-def kind(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 def series(kind: str) -> str:
     """The series to count by."""
     return f"{HISTOGRAM}{'_count' if kind == 'explicit' else ''}{SERVER}"

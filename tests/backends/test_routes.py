@@ -55,16 +55,6 @@ def told(store: TraceStore, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         yield Told(those, readers, since_unix_s)
 
 
-@pytest.fixture(params=ROUTES)
-def route(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture(params=KINDS)
-def kind(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 def test_every_slow_bucket_leads_to_its_span(told: Told, store: TraceStore, route: str, kind: str) -> None:
     it = told.chains[route, kind]
     exemplars = exemplars_of_all_buckets(told, it)

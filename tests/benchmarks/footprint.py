@@ -11,11 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from otel_tcppktlat.demo.receiver import Receiver
+from support.memory import resident_bytes
 
 from .kernel import Kernel
 from .machine import Cores, cpu_s
 from .pingpong import PingPong
-from .report import BenchmarkError, Goal, Report
+from .report import Goal, Report
 from .subjects import Process, start_agent, stop, wait_until_attached, wait_until_quiet
 
 SETTLE_S = 0.5  # after attaching: the exporters start
@@ -34,14 +35,6 @@ class Usage:
     cpu_idle: float
 
 
-def rss_mb(pid: int) -> float:
-    """Resident memory of a process."""
-    for line in pathlib.Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) * 1024 / 1e6
-    raise BenchmarkError(f"process {pid} has no VmRSS")
-
-
 def _cpu_share(pid: int, work: Callable[[], object]) -> float:
     began_s, before_s = time.monotonic(), cpu_s(pid)
     work()
@@ -56,7 +49,7 @@ def _use(agent: Process, receiver: Receiver, protocol: str, pingpong: PingPong, 
     busy = _cpu_share(agent.pid, lambda: pingpong.round_trips(seconds))
     idle = _cpu_share(agent.pid, lambda: time.sleep(seconds))
     receiver.wait_for(lambda seen: _exports(seen, protocol) >= EXPORTS, 3 * INTERVAL_S)
-    return Usage(rss_mb(agent.pid), busy, idle)
+    return Usage(resident_bytes(agent.pid) / 1e6, busy, idle)
 
 
 def measure(pingpong: PingPong, kernel: Kernel, rounds: int, seconds: float) -> dict[str, list[Usage]]:

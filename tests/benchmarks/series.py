@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import pathlib
 import statistics
 import subprocess
 import time
 from dataclasses import dataclass
 
 from otel_tcppktlat.demo.receiver import Receiver
+from support.memory import kernel_bytes, resident_bytes
 
 from .crowd import Crowd, crowd
-from .footprint import rss_mb
 from .kernel import Kernel
 from .machine import cpu_s
 from .report import Goal, Report
@@ -38,15 +37,6 @@ class Usage:
     events_lost: float
 
 
-def _kernel_mb(pid: int) -> float:
-    """What the kernel reports for the maps and programs that a process holds."""
-    total = 0
-    for info in pathlib.Path(f"/proc/{pid}/fdinfo").iterdir():
-        lines = info.read_text().splitlines()
-        total += sum(int(line.split()[1]) for line in lines if line.startswith("memlock:"))
-    return total / 1e6
-
-
 def _use(agent: Process, receiver: Receiver, many: Crowd, exports: int) -> Usage:
     spent_s = []
     for _ in range(exports):
@@ -55,14 +45,14 @@ def _use(agent: Process, receiver: Receiver, many: Crowd, exports: int) -> Usage
         many.do("read")
         time.sleep(INTERVAL_S)
         spent_s.append(cpu_s(agent.pid) - before_s)
-    memory = rss_mb(agent.pid), _kernel_mb(agent.pid)
+    memory_mb = resident_bytes(agent.pid) / 1e6, kernel_bytes(agent.pid) / 1e6
     stop(agent)
     ended_ns = max(point.time_unix_ns for point in receiver.points(DURATION))
     last = [point for point in receiver.points(DURATION) if point.time_unix_ns == ended_ns]
     return Usage(
-        rss_mb=memory[0],
+        rss_mb=memory_mb[0],
         cpu_s=statistics.mean(spent_s),
-        kernel_mb=memory[1],
+        kernel_mb=memory_mb[1],
         largest_request_bytes=max(one.bytes for one in receiver.requests),
         points=len(last),
         overflowed=any(OVERFLOW in point.attributes for point in last),

@@ -18,7 +18,7 @@ import pytest
 
 from cli.printed import environment
 from otel_tcppktlat.demo.receiver import Hang, Receiver, Unavailable
-from support.agent import Agent
+from support.agent import Agent, loader_of
 from telemetry import told
 from telemetry.told import Listener, deliver
 
@@ -180,9 +180,7 @@ def test_while_the_programs_are_compiled(number: int, tmp_path: pathlib.Path) ->
         stderr=subprocess.PIPE,
         start_new_session=True,
     ) as agent:
-        children = pathlib.Path(f"/proc/{agent.pid}/task/{agent.pid}/children")
-        told.eventually(lambda: children.read_text().split())
-        (loader,) = children.read_text().split()
+        loader = loader_of(agent.pid)
         time.sleep(0.1)
         began_s = time.monotonic()
         os.killpg(agent.pid, number)

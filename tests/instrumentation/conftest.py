@@ -10,19 +10,14 @@ import pytest
 
 from instrumentation.programs import Postgres, Redis, Upstream
 from otel_tcppktlat.demo.receiver import Receiver
-from support.agent import Agent
+from support.agent import serving_agent
 
 
 @pytest.fixture(scope="session")
 def serving() -> Iterator[pathlib.Path]:
     """The agent's socket."""
-    with tempfile.TemporaryDirectory(prefix="tcppktlat-") as name:
-        folder = pathlib.Path(name)
-        folder.chmod(0o755)
-        path = folder / "run/agent.sock"
-        with Agent(folder, ["-v", "--serve", str(path)]) as agent:
-            agent.wait_for_stderr("otel-tcppktlat: attached")
-            yield path
+    with serving_agent() as (_, path):
+        yield path
 
 
 @pytest.fixture

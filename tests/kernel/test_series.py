@@ -212,6 +212,16 @@ def test_more_series_than_there_is_room_for(load: Load, peer: TunPeer) -> None:
     assert in_kernel(traced) == [] and processes(traced) == []
 
 
+def short_process(function: Callable[[], object]) -> int:
+    """Runs the function in a child, and returns when that has ended: what its pid was."""
+    child = os.fork()
+    if not child:
+        function()
+        os._exit(0)
+    os.waitpid(child, 0)
+    return child
+
+
 def test_many_short_processes_leave_nothing(traced: Traced, peer: TunPeer) -> None:
     """While intervals end all the time: no count is lost, and no series or process stays."""
     conversation = accept(peer)
@@ -227,12 +237,7 @@ def test_many_short_processes_leave_nothing(traced: Traced, peer: TunPeer) -> No
     pids = set()
     for _ in range(SHORT_PROCESSES):
         conversation.send(10)
-        child = os.fork()
-        if not child:
-            conversation.socket.recv(10)
-            os._exit(0)
-        os.waitpid(child, 0)
-        pids.add(child)
+        pids.add(short_process(reading(conversation)))
     over.set()
     harvester.join()
     for _ in range(3):
@@ -246,13 +251,7 @@ def test_many_short_processes_leave_nothing(traced: Traced, peer: TunPeer) -> No
 def fork_as(pid: int, function: Callable[[], object]) -> bool:
     """Runs the function in a child that has this pid, which must be free; False if somebody else was faster."""
     pathlib.Path("/proc/sys/kernel/ns_last_pid").write_text(str(pid - 1))
-    child = os.fork()
-    if not child:
-        if os.getpid() == pid:
-            function()
-        os._exit(0)
-    os.waitpid(child, 0)
-    return child == pid
+    return short_process(lambda: function() if os.getpid() == pid else None) == pid
 
 
 def test_a_pid_that_is_used_again(traced: Traced, peer: TunPeer) -> None:
@@ -262,11 +261,7 @@ def test_a_pid_that_is_used_again(traced: Traced, peer: TunPeer) -> None:
     for _ in range(50):  # others fork as well
         traced.begin()
         conversation.send(10)
-        pid = os.fork()
-        if not pid:
-            conversation.socket.recv(10)
-            os._exit(0)
-        os.waitpid(pid, 0)
+        pid = short_process(reading(conversation))
         conversation.send(10)
         if fork_as(pid, reading(conversation)):
             break

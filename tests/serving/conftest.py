@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from support.agent import Agent
+from support.agent import Agent, serving_agent
 
 
 @pytest.fixture
@@ -21,11 +21,6 @@ def folder() -> Iterator[pathlib.Path]:
 
 @pytest.fixture(scope="module")
 def serving() -> Iterator[tuple[Agent, pathlib.Path]]:
-    """The agent, and its socket, in a folder that it made."""
-    with tempfile.TemporaryDirectory(prefix="tcppktlat-") as name:
-        folder = pathlib.Path(name)
-        folder.chmod(0o755)
-        path = folder / "run/agent.sock"
-        with Agent(folder, ["-v", "--serve", str(path)]) as agent:
-            agent.wait_for_stderr("otel-tcppktlat: attached")
-            yield agent, path
+    """The agent, and its socket."""
+    with serving_agent() as it:
+        yield it

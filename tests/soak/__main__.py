@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import pathlib
-import re
 import statistics
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 
 from otel_tcppktlat.demo.receiver import Receiver
 from support.agent import Agent
+from support.memory import kernel_bytes, resident_bytes
 from telemetry import told
 
 MOST_GROWTH = 0.02
@@ -37,15 +37,6 @@ class Sample:
     at_s: float
     rss: int
     kernel: int
-
-
-def sample(agent: Agent, began_s: float) -> Sample:
-    """Reads /proc/PID/status and, for the maps and programs, /proc/PID/fdinfo."""
-    kernel = 0
-    for path in pathlib.Path(f"/proc/{agent.pid}/fdinfo").iterdir():
-        if found := re.search(r"^memlock:\s+(\d+)$", path.read_text(), re.MULTILINE):
-            kernel += int(found[1])
-    return Sample(time.monotonic() - began_s, int(agent.status()["VmRSS"].split()[0]) * 1024, kernel)
 
 
 def median(samples: list[Sample], name: str) -> float:
@@ -74,7 +65,7 @@ def run(folder: pathlib.Path, seconds: float) -> bool:
                     outages += away
                     receiver.stop() if away else receiver.start()
                 time.sleep(SAMPLE_S)
-                samples.append(sample(agent, began_s))
+                samples.append(Sample(time.monotonic() - began_s, resident_bytes(agent.pid), kernel_bytes(agent.pid)))
             if away:
                 receiver.start()
             it.stdin.close()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import IO
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
@@ -90,6 +92,28 @@ class Agent:
         self.process.wait()
         for file in self._files:
             file.close()
+
+
+@contextlib.contextmanager
+def serving_agent() -> Iterator[tuple[Agent, pathlib.Path]]:
+    """One that serves, and its socket: a short path, in a folder that it made."""
+    with tempfile.TemporaryDirectory(prefix="tcppktlat-") as name:
+        folder = pathlib.Path(name)
+        folder.chmod(0o755)
+        path = folder / "run/agent.sock"
+        with Agent(folder, ["-v", "--serve", str(path)]) as agent:
+            agent.wait_for_stderr("otel-tcppktlat: attached")
+            yield agent, path
+
+
+def loader_of(pid: int, timeout_s: float = 60) -> int:
+    """The process id of the loader that an agent has just started, or is about to."""
+    children, end_s = pathlib.Path(f"/proc/{pid}/task/{pid}/children"), time.monotonic() + timeout_s
+    while not (found := children.read_text().split()):
+        assert time.monotonic() < end_s, "no loader"
+        time.sleep(0.005)
+    (loader,) = map(int, found)
+    return loader
 
 
 class Pair:
