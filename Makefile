@@ -70,11 +70,13 @@ test-tools:
 	  { $(SUDO) apt-get update -qq && $(SUDO) env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install -y -qq \
 	  --no-install-recommends systemd util-linux redis-server postgresql >/dev/null; }
 
-# wrk drives the instrumented application.
+# wrk, redis-benchmark, pgbench and iperf3 drive servers that the benchmarks start themselves.
 .PHONY: bench-tools
-bench-tools:
-	@command -v wrk >/dev/null || { $(SUDO) apt-get update -qq && \
-	  $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends wrk >/dev/null; }
+bench-tools: test-tools
+	@command -v wrk >/dev/null && command -v nginx >/dev/null && command -v iperf3 >/dev/null && \
+	  command -v redis-benchmark >/dev/null || \
+	  { $(SUDO) apt-get update -qq && $(SUDO) env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install -y -qq \
+	  --no-install-recommends wrk nginx iperf3 redis-tools >/dev/null; }
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

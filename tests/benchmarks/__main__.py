@@ -12,24 +12,32 @@ import warnings
 
 sys.path.append(str(pathlib.Path(__file__).parents[1]))  # as pytest has it
 
-from . import footprint, instrumentation, pingpong, series, start  # noqa: E402
+from . import footprint, instrumentation, pingpong, series, servers, start  # noqa: E402
 from .kernel import Kernel  # noqa: E402
 from .machine import Cores  # noqa: E402
 from .report import BenchmarkError, Report  # noqa: E402
+from .workloads import WORKLOADS  # noqa: E402
 
-PARTS = ("pingpong", "agent", "series", "start", "instrumentation")
+PARTS = ("pingpong", "agent", "series", "start", "instrumentation", "servers")
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description="What tracing costs.")
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
-    parser.add_argument("--rounds", type=int, help="interleaved (pingpong 60, agent 3, series 4, start 5, else 12)")
+    parser.add_argument(
+        "--rounds", type=int, help="interleaved (pingpong 60, agent 3, series 4, start 5, servers 16, else 12)"
+    )
     parser.add_argument("--seconds", type=float, default=0.15, help="of each measurement (default: %(default)s)")
+    parser.add_argument(
+        "--servers", type=lambda text: text.split(","), default=[], help=f"of {','.join(WORKLOADS)} (default: all)"
+    )
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="every single figure")
     parser.add_argument("--not-alone", action="store_true", help="do not wait for other tracers to end")
     arguments = parser.parse_args()
     if unknown := set(arguments.parts) - set(PARTS):
         parser.error(f"there is no part {unknown.pop()!r}")
+    if unknown := set(arguments.servers) - set(WORKLOADS):
+        parser.error(f"there is no server {unknown.pop()!r}")
     return arguments
 
 
@@ -56,6 +64,9 @@ def main() -> int:
                     report = instrumentation.run(
                         folder, cores, arguments.rounds or 12, max(2, round(arguments.seconds))
                     )
+                elif part == "servers":
+                    rounds, seconds = arguments.rounds or 16, max(1, round(arguments.seconds))
+                    report = servers.run(kernel, folder, cores, arguments.servers, rounds, seconds)
                 else:
                     report = start.run(kernel, arguments.rounds or 5)
                 reports[part] = report

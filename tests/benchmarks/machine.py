@@ -1,10 +1,10 @@
-"""The machine's cores: one for the ping-pong, the others for all else; and how much is going on there."""
+"""The machine's cores: one for the ping-pong or a server, the others for all else; and how much is going on there."""
 
 from __future__ import annotations
 
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -12,7 +12,7 @@ _IDLE, _IOWAIT = 3, 4  # of a line of /proc/stat
 
 
 class Cores:
-    """`measured` is the ping-pong's."""
+    """`measured` is the ping-pong's, or a server's."""
 
     def __init__(self) -> None:
         self._all = sorted(os.sched_getaffinity(0))
@@ -21,11 +21,14 @@ class Cores:
     @contextmanager
     def kept_apart(self) -> Iterator[None]:
         """This process and all that it starts leave the measured core alone, if there is another one."""
-        os.sched_setaffinity(0, self._all[1:] or self._all)
-        try:
+        with _only_on(self._all[1:] or self._all):
             yield
-        finally:
-            os.sched_setaffinity(0, self._all)
+
+    @contextmanager
+    def measured_alone(self) -> Iterator[None]:
+        """The opposite: what is started meanwhile has the measured core, and no other."""
+        with _only_on([self.measured]):
+            yield
 
     def busy_s(self) -> float:
         """CPU time that the other cores have spent: with hyper-threads, it slows the measured one down."""
@@ -35,6 +38,27 @@ class Cores:
             if name.removeprefix("cpu") in map(str, self._all[1:]):
                 ticks += sum(int(count) for at, count in enumerate(counts[:8]) if at not in (_IDLE, _IOWAIT))
         return ticks / _TICKS
+
+
+@contextmanager
+def ahead_of_others() -> Iterator[None]:
+    """This thread and all that it starts come before what else the machine does, and share it as ever."""
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    os.setpriority(os.PRIO_PROCESS, 0, -20)
+    try:
+        yield
+    finally:
+        os.setpriority(os.PRIO_PROCESS, 0, before)
+
+
+@contextmanager
+def _only_on(cores: Sequence[int]) -> Iterator[None]:
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def cpu_s(pid: int) -> float:

@@ -7,7 +7,7 @@ import pathlib
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO
@@ -58,17 +58,28 @@ def label(kind: str, flavour: str) -> str:
 
 
 @contextmanager
-def loaded_subjects(endpoint: str, kernel: Kernel) -> Iterator[list[Subject]]:
-    """All that can be detached, in the order in which a round measures them. The agents export to `endpoint`."""
+def loaded_subjects(
+    endpoint: str,
+    kernel: Kernel,
+    flavours: Sequence[str] = FLAVOURS,
+    kinds: Sequence[str] = (EMPTY, OURS, PROTOTYPE),
+    environment: Mapping[str, str] | None = None,
+    arguments: Sequence[str] = (),
+) -> Iterator[list[Subject]]:
+    """All that can be detached, in the order in which a round measures them.
+
+    The agents export to `endpoint`, with this environment and these arguments.
+    """
     subjects = [Subject(NOTHING)]
+    starts: Mapping[str, Callable[[str], Process]] = {
+        EMPTY: lambda flavour: _start_holder("empty", flavour),
+        OURS: lambda flavour: start_agent(flavour, endpoint, environment, arguments=arguments, detachable=True),
+        PROTOTYPE: lambda flavour: _start_holder("prototype", flavour),
+    }
     try:
-        for flavour in FLAVOURS:
-            for kind, process in (
-                (EMPTY, _start_holder("empty", flavour)),
-                (OURS, start_agent(flavour, endpoint, detachable=True)),
-                (PROTOTYPE, _start_holder("prototype", flavour)),
-            ):
-                subjects.append(Subject(kind, flavour, process))
+        for flavour in flavours:
+            for kind in kinds:
+                subjects.append(Subject(kind, flavour, starts[kind](flavour)))
         subjects = [_detached(subject, kernel) for subject in subjects]
         yield subjects
     finally:

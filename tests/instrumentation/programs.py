@@ -45,14 +45,18 @@ class Postgres(Server):
         folder.mkdir(parents=True, exist_ok=True)
         user = "postgres" if os.geteuid() == 0 else pwd.getpwuid(os.geteuid()).pw_name
         shutil.chown(folder, user)
-        (binaries,) = sorted(pathlib.Path("/usr/lib/postgresql").glob("*/bin"))[-1:]
+        (self.binaries,) = sorted(pathlib.Path("/usr/lib/postgresql").glob("*/bin"))[-1:]
         as_user = ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups"] if os.geteuid() == 0 else []
-        initdb = [*as_user, str(binaries / "initdb"), "--no-sync", "--auth=trust", "--username=test", str(data)]
+        initdb = [*as_user, str(self.binaries / "initdb"), "--no-sync", "--auth=trust", "--username=test", str(data)]
         subprocess.run(initdb, check=True, stdout=subprocess.DEVNULL, cwd=folder)
         settings = {"listen_addresses": "127.0.0.1", "port": self.port, "unix_socket_directories": "", "fsync": "off"}
         options = [f"--{name}={value}" for name, value in settings.items()]
-        command = [*as_user, str(binaries / "postgres"), "-D", str(data), *options]
+        command = [*as_user, str(self.binaries / "postgres"), "-D", str(data), *options]
         super().__init__("postgres", command, f"127.0.0.1:{self.port}", folder)
+
+    def _answers(self) -> bool:
+        ask = [str(self.binaries / "pg_isready"), "--quiet", "--host=127.0.0.1", f"--port={self.port}"]
+        return subprocess.run(ask).returncode == 0  # it takes connections before it is ready
 
     @property
     def address(self) -> str:
