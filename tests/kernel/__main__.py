@@ -2,8 +2,9 @@
 
 As root, from the repository's root. KERNEL is what tests/support/run_on_kernel.py takes, and may end in `+headers`:
 without BTF then, but with the kernel's headers, against which a guest takes minutes to compile: there, and with
-`--quick`, each flavour is loaded once and has to count some segments. Elsewhere all of tests/kernel and tests/agent
-runs, in a quarter of an hour a kernel. Exit status 1 if anything failed.
+`--quick`, each flavour is loaded once and has to count some segments; without BTF the agent runs in a pid namespace of
+its own, too. Elsewhere all of tests/kernel and tests/agent runs, in a quarter of an hour a kernel. Exit status 1 if
+anything failed.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ HERE = pathlib.Path(__file__).parent
 RUN_ON_KERNEL = HERE.parent / "support/run_on_kernel.py"
 KERNELS = ("5.10", "5.10+headers", "6.1", "6.1+headers", "6.12", "6.18", "7.x")
 TESTS = ("tests/kernel", "tests/agent")
+WITHOUT_BTF = "tests/agent/namespace_without_btf.py"
 NOT_IN_A_GUEST = ("tests/kernel/test_headers.py", "tests/kernel/test_other_kernels.py")  # they start guests
 GUESTS, LONGEST_S, LONGEST_TEST_S, LONGEST_START_S = 2, 5400, 900, 600
 LACKS = re.compile(r"^otel-tcppktlat: this kernel lacks (.*)$", re.MULTILINE)
@@ -41,14 +43,19 @@ class Result:
     lacks: str
 
 
-def _words(quick: bool, out: pathlib.Path) -> str:
+def _pytest(out: pathlib.Path, *arguments: str) -> str:
+    command = f"{sys.executable} -m pytest -q -p no:cacheprovider -o timeout={LONGEST_TEST_S}"
+    return f"{command} --junitxml={out}/junit.xml {' '.join(arguments)} >{out}/pytest 2>&1"
+
+
+def _words(quick: bool, without_btf: bool, out: pathlib.Path) -> str:
     """The shell's commands: the tests, then the agent for a moment, which says what it misses."""
-    if quick:
+    if quick or without_btf:
         tests = f"{DISTRIBUTION_PYTHON} {HERE / 'on_kernel.py'} >{out}/counted"
+        if without_btf:
+            tests += f" && {_pytest(out, WITHOUT_BTF)}"
     else:
-        ignored = " ".join(f"--ignore {one}" for one in NOT_IN_A_GUEST)
-        tests = f"{sys.executable} -m pytest -q -p no:cacheprovider -o timeout={LONGEST_TEST_S} "
-        tests += f"--junitxml={out}/junit.xml {ignored} {' '.join(TESTS)} >{out}/pytest 2>&1"
+        tests = _pytest(out, *(f"--ignore {one}" for one in NOT_IN_A_GUEST), *TESTS)
     agent = f"timeout {LONGEST_START_S} {sys.executable} -m otel_tcppktlat -v 2>{out}/agent"
     attached = f"while ! grep -q attached {out}/agent && kill -0 $!; do sleep 1; done; kill $!; wait $!"
     return f"uname -r >{out}/release; {tests}; status=$?; {agent} & {attached}; exit $status"
@@ -64,7 +71,7 @@ def _run(kernel: str, quick: bool, kept: pathlib.Path) -> Result:
     name, _, headers = kernel.partition("+")
     options = ["--no-btf", "--headers"] if headers else []
     command = [sys.executable, RUN_ON_KERNEL, "--smp", 1, "--memory", 2048, "--timeout", LONGEST_S, "--out", out]
-    command += [*options, name, "--", "sh", "-c", _words(quick or bool(headers), out)]
+    command += [*options, name, "--", "sh", "-c", _words(quick, bool(headers), out)]
     environment = {**os.environ, "TEST_PATIENCE": "10"}
     guest = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True)
     passed: Counter[str] = Counter()
@@ -76,7 +83,7 @@ def _run(kernel: str, quick: bool, kept: pathlib.Path) -> Result:
                 failed.append(f"{case.get('classname')}::{test}")
             elif case.find("skipped") is None:
                 passed[_flavour(test)] += 1
-    elif (out / "counted").exists():
+    if (out / "counted").exists():
         lines = (line.split(":")[0].split()[1] for line in (out / "counted").read_text().splitlines())
         passed.update(word if word in ("typed", "raw") else "" for word in lines)
     if guest.returncode and not failed:

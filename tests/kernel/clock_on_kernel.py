@@ -8,10 +8,13 @@ import time
 
 import pytest
 
+from otel_tcppktlat.demo.receiver import Point
 from telemetry import told
 from telemetry.told import DURATION, RECEIVED, Scene, deliver
 
 HOUR_S = 3600
+FAILS = "Failed to export metrics"  # the SDK, with -v
+INTERVAL_S = 4  # long enough for five segments and a step in the middle
 LEAST_S = 0.002  # an interval takes 5 ms to end; at half speed
 
 
@@ -53,3 +56,51 @@ def test_there_and_back(tmp_path: pathlib.Path, temporality: str) -> None:
     assert all((exemplar.value or 0) < 10 for _, exemplar in told.exemplars(receiver))
     lengths_s = [told.length_ns(span) / 1e9 for span in receiver.spans()]
     assert len(lengths_s) == 25 and all(0.02 <= length_s < 10 for length_s in lengths_s)
+
+
+def check_times(points: list[Point]) -> None:
+    """Deltas one after the other: each begins when the one before has ended, and ends later."""
+    assert {point.temporality for point in points} == {"delta"}
+    assert all(point.start_unix_ns < point.time_unix_ns for point in points)
+    ends = [point.time_unix_ns for point in points]
+    assert [point.start_unix_ns for point in points[1:]] == ends[:-1]
+
+
+def deliver_across(scene: Scene, seconds: float, away: bool) -> None:
+    """Five segments right after an interval has begun, the clock set after the second; `away`: its export fails."""
+    receiver, before, complaints = scene.receiver, len(scene.receiver.points(RECEIVED)), scene.agent.stderr.count(FAILS)
+    receiver.wait_for(lambda seen: len(seen.points(RECEIVED)) > before, 120)
+    if away:
+        receiver.stop()
+    sender, reader = scene.listener.connect()
+    for number in range(5):
+        if number == 2:
+            step(seconds)
+        deliver(sender, reader, 0.02)
+    if away:
+        told.eventually(lambda: scene.agent.stderr.count(FAILS) > complaints, 120, FAILS)
+        receiver.start()
+
+
+def test_in_the_middle_of_an_interval(tmp_path: pathlib.Path) -> None:
+    """Deltas: what came before the step and after it is in one point, whether or not its first export fails."""
+    environment = {
+        "OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE": "delta",
+        "OTEL_METRIC_EXPORT_INTERVAL": str(INTERVAL_S * 1000),
+        "OTEL_EXPORTER_OTLP_TIMEOUT": "1",
+    }
+    steps = [(seconds, away) for away in (False, True) for seconds in (HOUR_S, -HOUR_S, -HOUR_S, HOUR_S)]
+    segments = 5 * len(steps)
+    with told.scene(tmp_path, environment=environment) as scene:
+        receiver = scene.receiver
+        for seconds, away in steps:
+            deliver_across(scene, seconds, away)
+        receiver.wait_for(lambda seen: told.number(seen, RECEIVED) == segments, 120)
+        assert scene.agent.stop() == 0
+    assert told.check_balance(receiver) == {"received": segments, "observed": segments, "queued": 0}
+    durations = receiver.points(DURATION)
+    assert [point.count for point in durations] == [5] * len(steps)
+    for points in (durations, receiver.points(RECEIVED)):
+        check_times(points)
+    for point in durations:
+        assert all(point.start_unix_ns < one.time_unix_ns <= point.time_unix_ns for one in point.exemplars)

@@ -1,7 +1,8 @@
 """python -m tests.soak [--minutes N]: mixed load, short connections and processes, a collector that restarts.
 
 As root, from the repository's root, with PYTHONPATH=tests. The agent's resident memory and that of its maps must not
-grow by more than 2 % after the first minute, and the books must balance. Exit status 1 if that does not hold.
+grow by more than 2 % after the first minute, and the books must balance. Exit status 1 if that does not hold. It prints
+what the agent held in each minute: a leak goes on growing, a plateau does not.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from telemetry import told
 MOST_GROWTH = 0.02
 WARM_S, SAMPLE_S, WINDOW_S = 60, 5, 30
 OUTAGE_EVERY_S, OUTAGE_S = 45, 12
+KINDS = {"rss": "resident memory", "kernel": "maps and programs"}
 VARIABLES = {
     "OTEL_METRIC_EXPORT_INTERVAL": "2000",
     "OTEL_BSP_SCHEDULE_DELAY": "1000",
@@ -44,6 +46,12 @@ def median(samples: list[Sample], name: str) -> float:
     return float(statistics.median(getattr(one, name) for one in samples)) / 1e6
 
 
+def say(when: str, samples: list[Sample]) -> None:
+    """Prints what it held."""
+    held = ", ".join(f"{what} {median(samples, name):.2f} MB" for name, what in KINDS.items())
+    print(f"{when}: {held}", flush=True)
+
+
 def run(folder: pathlib.Path, seconds: float) -> bool:
     """The whole run; prints figures, and returns whether all holds."""
     load = [sys.executable, str(pathlib.Path(__file__).with_name("load.py"))]
@@ -58,7 +66,7 @@ def run(folder: pathlib.Path, seconds: float) -> bool:
         }
         with Agent(folder, ["-v", "-l", it.stdout.readline().strip(), "--span-rate", "20"], variables) as agent:
             agent.wait_for_stderr("attached")
-            began_s, outages, away = time.monotonic(), 0, False
+            began_s, outages, away, minutes = time.monotonic(), 0, False, 0
             while (elapsed_s := time.monotonic() - began_s) < seconds:
                 if away != (elapsed_s % OUTAGE_EVERY_S > OUTAGE_EVERY_S - OUTAGE_S):
                     away = not away
@@ -66,6 +74,9 @@ def run(folder: pathlib.Path, seconds: float) -> bool:
                     receiver.stop() if away else receiver.start()
                 time.sleep(SAMPLE_S)
                 samples.append(Sample(time.monotonic() - began_s, resident_bytes(agent.pid), kernel_bytes(agent.pid)))
+                if samples[-1].at_s // 60 > minutes:
+                    minutes += 1
+                    say(f"minute {minutes}", [one for one in samples if one.at_s // 60 == minutes - 1])
             if away:
                 receiver.start()
             it.stdin.close()
@@ -81,7 +92,7 @@ def run(folder: pathlib.Path, seconds: float) -> bool:
     print(f"{seconds / 60:g} minutes, {outages} outages, {spans} spans; {books}, in the histogram {described}")
     print(f"the books {'balance' if balanced else 'do not balance'}")
     steady = True
-    for name, what in (("rss", "resident memory"), ("kernel", "maps and programs")):
+    for name, what in KINDS.items():
         before, after = median(early, name), median(late, name)
         growth = after / before - 1
         steady = steady and growth <= MOST_GROWTH

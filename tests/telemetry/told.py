@@ -48,6 +48,10 @@ class Listener:
         self._open.append(server)
         return server
 
+    def fileno(self) -> int:
+        """The listening socket's descriptor."""
+        return self._server.fileno()
+
     def __enter__(self) -> Listener:
         return self
 
