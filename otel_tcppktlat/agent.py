@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import pwd
@@ -12,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from . import landlock, privileges
+from . import landlock, memory, privileges
 from .probe.launch import Loaded
 from .probe.layout import Event
 from .probe.probe import Probe, ProbeOptions
@@ -23,6 +24,7 @@ from .table import Table
 
 TABLE_POLL_S = 0.1
 POLL_S = 1.0
+GARBAGE_S = 30.0  # what failed exports leave behind: frames and errors that refer to each other
 LONGEST_INTERVAL_S = 60.0  # the kernel's counts of an interval have 32 bits
 LAST_ROWS_S = 0.5
 SHUTDOWN_S = 4.0
@@ -71,6 +73,7 @@ class _StopSignals:
 
 def run(settings: Settings) -> None:
     """Runs until told to stop. Raises ProbeError, SettingsError or OSError, none of which needs a traceback."""
+    memory.one_heap()
     account = _account(settings.user)
     broker = _broker(settings)
     table = _table(settings) if settings.table else None
@@ -115,10 +118,11 @@ def run(settings: Settings) -> None:
     harvest = pipeline.collector.sweep if pipeline else probe.harvest
     if broker:
         broker.start(probe, harvest)
+    memory.settle()
     _describe(settings, loaded, kept_cap_bpf, landlock_abi)
     if table:
         table.header()
-    swept_s = time.monotonic()
+    swept_s = tidied_s = time.monotonic()
     wakers: list[int] = [*ends, probe.epoll_fd(), *([broker.fileno()] if broker else [])]
     longest_s = TABLE_POLL_S if table else POLL_S
     try:
@@ -138,6 +142,9 @@ def run(settings: Settings) -> None:
             if now_s - swept_s >= POLL_S and (probe.gone() or now_s - swept_s >= LONGEST_INTERVAL_S):
                 swept_s = now_s
                 harvest()
+            if now_s - tidied_s >= GARBAGE_S:
+                tidied_s = now_s
+                gc.collect()
         probe.poll()
         if table:
             table.flush(LAST_ROWS_S)

@@ -69,6 +69,14 @@ def test_no_llvm_and_no_child(running: tuple[Agent, Receiver]) -> None:
     assert [path.read_text() for path in tasks.glob("*/children") if path.read_text()] == []
 
 
+def test_one_heap(running: tuple[Agent, Receiver]) -> None:
+    """None of its threads has one of its own: glibc reserves 64 MiB of addresses for each."""
+    lines = pathlib.Path(f"/proc/{running[0].pid}/maps").read_text().splitlines()
+    ranges = (re.findall(r"^(\w+)-(\w+) ---p .* 0 *$", line) for line in lines)
+    reserved = [int(end, 16) - int(start, 16) for found in ranges for start, end in found]
+    assert max(reserved, default=0) < 32 << 20
+
+
 def test_nothing_is_imported_later_and_reconnects_work(running: tuple[Agent, Receiver]) -> None:
     """Spans, a collector that goes away and comes back, the errors that are logged meanwhile, and the last flush."""
     agent, receiver = running

@@ -3,8 +3,8 @@
 As root, from the repository's root. KERNEL is what tests/support/run_on_kernel.py takes, and may end in `+headers`:
 without BTF then, but with the kernel's headers, against which a guest takes minutes to compile: there, and with
 `--quick`, each flavour is loaded once and has to count some segments; without BTF the agent runs in a pid namespace of
-its own, too. Elsewhere all of tests/kernel and tests/agent runs, in a quarter of an hour a kernel. Exit status 1 if
-anything failed.
+its own, too. `+systemd`: what runs there is the systemd unit of collector-config/deploy. Elsewhere all of tests/kernel
+and tests/agent runs, in a quarter of an hour a kernel. Exit status 1 if anything failed.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ from dataclasses import dataclass
 from otel_tcppktlat.probe.launch import DISTRIBUTION_PYTHON
 
 HERE = pathlib.Path(__file__).parent
+REPOSITORY = HERE.parents[1]
 RUN_ON_KERNEL = HERE.parent / "support/run_on_kernel.py"
-KERNELS = ("5.10", "5.10+headers", "6.1", "6.1+headers", "6.12", "6.18", "7.x")
+KERNELS = ("5.10", "5.10+headers", "5.10+systemd", "6.1", "6.1+headers", "6.12", "6.18", "7.x", "7.x+systemd")
 TESTS = ("tests/kernel", "tests/agent")
-WITHOUT_BTF = "tests/agent/namespace_without_btf.py"
+WITHOUT_BTF, UNDER_SYSTEMD = "tests/agent/namespace_without_btf.py", "tests/deploy/systemd_on_kernel.py"
 NOT_IN_A_GUEST = ("tests/kernel/test_headers.py", "tests/kernel/test_other_kernels.py")  # they start guests
+OPTIONS = {"": [], "headers": ["--no-btf", "--headers"], "systemd": ["--systemd"]}
 GUESTS, LONGEST_S, LONGEST_TEST_S, LONGEST_START_S = 2, 5400, 900, 600
 LACKS = re.compile(r"^otel-tcppktlat: this kernel lacks (.*)$", re.MULTILINE)
 
@@ -48,17 +50,27 @@ def _pytest(out: pathlib.Path, *arguments: str) -> str:
     return f"{command} --junitxml={out}/junit.xml {' '.join(arguments)} >{out}/pytest 2>&1"
 
 
-def _words(quick: bool, without_btf: bool, out: pathlib.Path) -> str:
+def _words(quick: bool, way: str, out: pathlib.Path) -> str:
     """The shell's commands: the tests, then the agent for a moment, which says what it misses."""
-    if quick or without_btf:
+    if way == "systemd":
+        tests = _pytest(out, UNDER_SYSTEMD)
+    elif way == "headers":
+        tests = f"{DISTRIBUTION_PYTHON} {HERE / 'on_kernel.py'} >{out}/counted && {_pytest(out, WITHOUT_BTF)}"
+    elif quick:
         tests = f"{DISTRIBUTION_PYTHON} {HERE / 'on_kernel.py'} >{out}/counted"
-        if without_btf:
-            tests += f" && {_pytest(out, WITHOUT_BTF)}"
     else:
         tests = _pytest(out, *(f"--ignore {one}" for one in NOT_IN_A_GUEST), *TESTS)
     agent = f"timeout {LONGEST_START_S} {sys.executable} -m otel_tcppktlat -v 2>{out}/agent"
     attached = f"while ! grep -q attached {out}/agent && kill -0 $!; do sleep 1; done; kill $!; wait $!"
     return f"uname -r >{out}/release; {tests}; status=$?; {agent} & {attached}; exit $status"
+
+
+def _install(environment: pathlib.Path) -> pathlib.Path:
+    """As the unit of collector-config/deploy says, but elsewhere."""
+    subprocess.run([DISTRIBUTION_PYTHON, "-m", "venv", "--clear", environment], check=True)
+    command = [environment / "bin/pip", "install", "--quiet", "--disable-pip-version-check", REPOSITORY]
+    subprocess.run(command, check=True)
+    return environment
 
 
 def _flavour(test: str) -> str:
@@ -68,11 +80,13 @@ def _flavour(test: str) -> str:
 
 def _run(kernel: str, quick: bool, kept: pathlib.Path) -> Result:
     out = kept / kernel
-    name, _, headers = kernel.partition("+")
-    options = ["--no-btf", "--headers"] if headers else []
-    command = [sys.executable, RUN_ON_KERNEL, "--smp", 1, "--memory", 2048, "--timeout", LONGEST_S, "--out", out]
-    command += [*options, name, "--", "sh", "-c", _words(quick, bool(headers), out)]
+    name, _, way = kernel.partition("+")
+    options = OPTIONS[way]
     environment = {**os.environ, "TEST_PATIENCE": "10"}
+    if way == "systemd":
+        environment["INSTALLED"] = str(_install(out / "installed"))
+    command = [sys.executable, RUN_ON_KERNEL, "--smp", 1, "--memory", 2048, "--timeout", LONGEST_S, "--out", out]
+    command += [*options, name, "--", "sh", "-c", _words(quick, way, out)]
     guest = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True)
     passed: Counter[str] = Counter()
     failed: list[str] = []
@@ -111,7 +125,8 @@ def main() -> int:
     print("|:--|:--|--:|--:|--:|--:|:--|")
     for kernel, one in zip(kernels, results, strict=True):
         counts = " | ".join(str(one.passed[flavour] or "-") for flavour in ("typed", "raw", ""))
-        print(f"| {kernel.replace('+', ', no BTF, ')} | {one.release} | {counts} | {len(one.failed)} | {one.lacks} |")
+        label = kernel.replace("+headers", ", no BTF, headers").replace("+", ", ")
+        print(f"| {label} | {one.release} | {counts} | {len(one.failed)} | {one.lacks} |")
     for kernel, one in zip(kernels, results, strict=True):
         for line in one.failed:
             print(f"{kernel}: {line}")

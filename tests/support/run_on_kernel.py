@@ -63,10 +63,17 @@ umount /run/cwd; rmdir /run/cwd
 {extra}
 ip link set lo up; /sbin/modprobe -q tun; echo guest >/proc/sys/kernel/hostname
 read up _ </proc/uptime; echo "up after $up s" >/dev/console; >/run/guest/up
-/usr/bin/setsid -w /bin/sh /run/guest/command </dev/null >>/run/guest/stdout 2>>/run/guest/stderr
+{last}
+"""
+LAST = """/usr/bin/setsid -w /bin/sh /run/guest/command </dev/null >>/run/guest/stdout 2>>/run/guest/stderr
 echo $? >/run/guest/status.new; sync; mv /run/guest/status.new /run/guest/status
 echo o >/proc/sysrq-trigger; sleep 60
 """
+# Without what this machine's administrator has systemd do: no mounts, no services.
+SYSTEMD = """: >/etc/fstab; echo guest >/etc/hostname; rm -r /etc/systemd/system
+mkdir -p /etc/systemd/system /run/systemd/system
+printf '[Service]\\nExecStart=/bin/sh /run/guest/last\\n' >/run/systemd/system/guest.service
+exec /lib/systemd/systemd --unit=guest.service"""
 
 
 def tell(message: str) -> None:
@@ -306,8 +313,10 @@ def run(a: argparse.Namespace, folder: pathlib.Path, stack: contextlib.ExitStack
             cwd=cwd,
             kmod=shlex.quote(str(KMOD)),
             extra="\n".join(extra),
+            last=SYSTEMD if a.systemd else "exec /bin/sh /run/guest/last",
         )
     )
+    (share / "last").write_text(LAST)
     variables = "".join(
         f"export {k}={shlex.quote(v)}\n" for k, v in os.environ.items() if re.fullmatch(r"[A-Za-z_]\w*", k)
     )
@@ -396,6 +405,7 @@ def main() -> int:
     option("--timeout", type=float, metavar="S", help="end the guest after so many seconds (default: never)")
     option("--no-btf", action="store_true", help="hide /sys/kernel/btf")
     option("--headers", action="store_true", help="have the kernel's headers in /lib/modules/RELEASE/build")
+    option("--systemd", action="store_true", help="with systemd as init, and the command as its only service")
     option("--out", type=pathlib.Path, metavar="DIR", help="a folder that the guest may write to, at the same path")
     option("--verbose", action="store_true", help="show the guest's console at the end")
     option("kernel", nargs="?", help=argparse.SUPPRESS)
