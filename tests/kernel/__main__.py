@@ -68,8 +68,8 @@ def _words(quick: bool, way: str, out: pathlib.Path) -> str:
 def _install(environment: pathlib.Path) -> pathlib.Path:
     """As the unit of collector-config/deploy says, but elsewhere."""
     subprocess.run([DISTRIBUTION_PYTHON, "-m", "venv", "--clear", environment], check=True)
-    command = [environment / "bin/pip", "install", "--quiet", "--disable-pip-version-check", REPOSITORY]
-    subprocess.run(command, check=True)
+    pip = environment / "bin/pip"
+    subprocess.run([pip, "install", "--quiet", "--disable-pip-version-check", REPOSITORY], check=True)
     return environment
 
 
