@@ -62,13 +62,13 @@ struct queue {
 #define COLD_MIXED 8 /* the ring holds an entry that is not just one segment */
 
 /* The books: what became of every segment. Per CPU. `received` and `observed` belong to one hook each; the others are added
- * to atomically, because softirqs interrupt readers.
+ * to atomically, because softirqs interrupt readers; rows_withheld is of the same hook as `observed`.
  * What is still queued: `received` less the nine counts that follow it. */
 struct books {
   u64 received;
   u64 observed, own, filtered, duplicate, dropped, unread;
   u64 untracked_socket, untracked_pool, untracked_mptcp;
-  u64 merged, undescribed_bytes, events_lost, sockets_opened, sockets_closed, processes_gone, series_overflowed;
+  u64 merged, undescribed_bytes, events_lost, rows_withheld, sockets_opened, sockets_closed, processes_gone, series_overflowed;
   u64 copy; /* which of the histograms' copies is this CPU's; set by the loader */
 };
 enum outcome { OBSERVED, OWN, FILTERED };
@@ -97,6 +97,12 @@ struct identity {
 struct histogram {
   u64 sum_ns;
   u32 bucket[BUCKETS];
+};
+/* The running interval, or the next one. A pickup that waited less than `rows_from_ns` of its side can become no span any
+ * more, as slower ones have taken the budget: it is counted as withheld, and user space does not hear of it. */
+struct interval {
+  u64 began_ns; /* when it begins or has begun; its lowest bit says which side it fills */
+  u64 rows_from_ns[2];
 };
 #define OVERFLOW 0 /* series for what exceeds the map */
 #define SINK 1     /* series for what is not to be shown: own, filtered */
@@ -149,7 +155,7 @@ BPF_HASH(series, struct series_key, u32, MAX_SERIES);
 BPF_QUEUE(free_series, u32, MAX_SERIES);
 BPF_ARRAY(identities, struct identity, MAX_SERIES);
 BPF_ARRAY(histograms, struct histogram, 2 * SLOTS);
-BPF_ARRAY(interval, u64, 1); /* when the running one begins or has begun; its lowest bit says which side it fills */
+BPF_ARRAY(interval, struct interval, 1);
 BPF_ARRAY_OF_MAPS(barrier, "interval", 1); /* an update waits for the programs that run: maybe_wait_bpf_programs() */
 BPF_ARRAY(bounds, struct bounds, 1);
 BPF_PERCPU_ARRAY(firsts, struct firsts, 1);

@@ -101,10 +101,19 @@ static inline void end_pickup(struct books *b, struct queue *q, struct sink *to)
   else ADD(b->filtered, q->segments);
 }
 
+/* Is there somebody to tell of a pickup that begins no bucket? Counts a row that is withheld. */
+static inline int worth_telling(struct books *b, struct queue *q, u64 longest_ns, u32 side) {
+  if (IS_TOLD(q, longest_ns)) return 1;
+  if (!IS_ROW(longest_ns)) return 0;
+  if (longest_ns >= rows_from_ns(side)) return 1;
+  COUNT(b->rows_withheld, 1);
+  return 0;
+}
+
 /* Is there something to tell user space? */
-static inline int notable(struct queue *q) {
+static inline int notable(struct books *b, struct queue *q) {
   if (q->outcome != OBSERVED || !q->segments) return 0;
-  return WORTH_TELLING(q, q->longest_ns) || q->firsts;
+  return q->firsts || worth_telling(b, q, q->longest_ns, q->side);
 }
 
 #if SERVE

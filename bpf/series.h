@@ -105,6 +105,7 @@ static inline u32 series_for(void *sk, void *tp, u8 role, u32 tgid) {
   return known ? *known : OVERFLOW;
 }
 
+#define IS_ROW(longest_ns) (ROWS && (longest_ns) >= MIN_NS)
 #if SERVE
 static inline int allows(struct allowance *a, u64 now_ns, u64 most) {
   if ((s64)(now_ns - a->second_ns) >= 1000000000) {
@@ -117,7 +118,7 @@ static inline int allows(struct allowance *a, u64 now_ns, u64 most) {
 /* Who is to hear of a pickup of this process. */
 static inline u32 audience_of(u32 tgid, struct queue *q) {
   int zero = 0;
-  u32 kinds = ROWS && q->longest_ns >= MIN_NS ? KIND_ROW : 0;
+  u32 kinds = IS_ROW(q->longest_ns) ? KIND_ROW : 0;
   struct served *s = served.lookup(&tgid);
   struct allowance *all = served_all.lookup(&zero);
   if (!s || !all || q->longest_ns < s->from_ns) return kinds;
@@ -128,13 +129,12 @@ static inline u32 audience_of(u32 tgid, struct queue *q) {
 
 static inline u64 told_from(u32 tgid) {
   struct served *s = served.lookup(&tgid);
-  u64 from_ns = s ? s->from_ns : ~0ULL;
-  return ROWS && from_ns > MIN_NS ? MIN_NS : from_ns;
+  return s ? s->from_ns : ~0ULL;
 }
-#define WORTH_TELLING(q, longest_ns) ((longest_ns) >= (q)->told_ns)
+#define IS_TOLD(q, longest_ns) ((longest_ns) >= (q)->told_ns)
 #else
-static inline u32 audience_of(u32 tgid, struct queue *q) { return ROWS && q->longest_ns >= MIN_NS ? KIND_ROW : 0; }
-#define WORTH_TELLING(q, longest_ns) (ROWS && (longest_ns) >= MIN_NS)
+static inline u32 audience_of(u32 tgid, struct queue *q) { return IS_ROW(q->longest_ns) ? KIND_ROW : 0; }
+#define IS_TOLD(q, longest_ns) 0
 #endif
 
 static inline void remember_reader(struct books *b, void *sk, void *tp, struct queue *q, u64 pid_tgid) {
@@ -168,8 +168,8 @@ static inline void process_gone(struct process_key process) {
 /* When the interval began, its side in the lowest bit. User space sets the beginning of the next one ahead. */
 static inline u64 interval_began_ns(void) {
   int zero = 0;
-  u64 *began = interval.lookup(&zero);
-  return began ? *(volatile u64 *)began : 0;
+  struct interval *running = interval.lookup(&zero);
+  return running ? *(volatile u64 *)&running->began_ns : 0;
 }
 
 /* The side of the interval that a time belongs to. */
@@ -181,6 +181,13 @@ static inline u32 side_at(u64 now_ns) {
 static inline struct histogram *histogram_of(struct books *b, u32 side, u32 number) {
   number = number * COPIES + b->copy + side * SLOTS;
   return histograms.lookup(&number);
+}
+
+/* The shortest wait of a row that user space still wants of a side. */
+static inline u64 rows_from_ns(u32 side) {
+  int zero = 0;
+  struct interval *running = interval.lookup(&zero);
+  return running ? *(volatile u64 *)&running->rows_from_ns[side & 1] : 0;
 }
 
 /* How many upper bounds are below `ns`: bisection without a branch, over a table padded with the largest number. */

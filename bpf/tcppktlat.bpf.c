@@ -166,7 +166,7 @@ int adjust(u64 *ctx) {
   q->n = n - segments;
   OBSERVE(h->sum_ns, sum_ns);
   COUNT(b->observed, segments);
-  if (firsts || WORTH_TELLING(q, longest_ns)) {
+  if (firsts || worth_telling(b, q, longest_ns, side)) {
     q->picked_ns = now_ns;
     q->longest_ns = longest_ns;
     q->side = side;
@@ -212,7 +212,7 @@ int adjust_slow(u64 *ctx) {
   else q->cold &= ~COLD_MIXED;
   if (!q->n && q->spill_head != q->spill_tail) adjust_tails.call(ctx, TAIL_DRAIN);
   end_pickup(b, q, &to);
-  if (notable(q)) adjust_tails.call(ctx, TAIL_EMIT);
+  if (notable(b, q)) adjust_tails.call(ctx, TAIL_EMIT);
   return 0;
 }
 
@@ -261,7 +261,7 @@ int drain(u64 *ctx) {
   q->spilled -= q->segments - segments;
   if (more) adjust_tails.call(ctx, TAIL_DRAIN);
   end_pickup(b, q, &to);
-  if (notable(q)) adjust_tails.call(ctx, TAIL_EMIT);
+  if (notable(b, q)) adjust_tails.call(ctx, TAIL_EMIT);
   return 0;
 }
 
@@ -275,11 +275,17 @@ int emit_events(u64 *ctx) {
   struct firsts *f = firsts.lookup(&zero);
   void *tp = tcp_sock_of(sk);
   if (!b || !q || !table || !f || !tp) return 0;
-  u32 audience = audience_of(bpf_get_current_pid_tgid() >> 32, q);
+  u32 audience = audience_of(bpf_get_current_pid_tgid() >> 32, q), bucket = bucket_of(table, q->longest_ns);
+  if (audience == KIND_ROW && q->longest_ns < rows_from_ns(q->side)) { /* if an exemplar goes to user space, it says so, too */
+    if (!EXEMPLARS || !q->firsts || f->of_bucket[bucket].pickup_ns != q->picked_ns) {
+      COUNT(b->rows_withheld, 1);
+      audience = 0;
+    }
+  }
   if (!audience && !q->firsts) return 0;
   struct event e = {};
   describe(sk, tp, q, &e);
-  q->at = audience << 16 | (audience ? bucket_of(table, q->longest_ns) : 256);
+  q->at = audience << 16 | (audience ? bucket : 256);
   for (u32 i = 0; i < BUCKETS; i++) { KEEP(i);
     struct first *first = &f->of_bucket[i & 255];
     u64 row = i == (q->at & 0xffff), wait_ns = first->wait_ns;

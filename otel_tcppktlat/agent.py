@@ -19,7 +19,7 @@ from .probe.layout import Event
 from .probe.probe import Probe, ProbeOptions
 from .serving.broker import MOST_CLIENTS, Broker
 from .serving.listening import check_pid_namespace, listen
-from .settings import Settings, SettingsError
+from .settings import Settings, SettingsError, spans_exported
 from .table import Table
 
 TABLE_POLL_S = 0.1
@@ -47,7 +47,7 @@ def _probe_options(settings: Settings) -> ProbeOptions:
         lport=settings.lport,
         rport=settings.rport,
         min_us=settings.min_us,
-        rows=settings.table or settings.min_us is not None,
+        rows=settings.table or (settings.min_us is not None and spans_exported()),
         exemplars=settings.export,
         key_address="server.address" in settings.attributes,
         own_tgid=int(os.readlink("/proc/self")),  # of the pid namespace that /proc is of, as are -p and -t
@@ -136,6 +136,8 @@ def run(settings: Settings) -> None:
             probe.poll()
             if table:
                 table.flush()
+            elif pipeline and settings.min_us is not None:
+                pipeline.after_rows()
             if broker:
                 broker.flush()
                 broker.turn()

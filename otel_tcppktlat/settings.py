@@ -105,6 +105,11 @@ def exporter_configured(environ: Mapping[str, str] = os.environ) -> bool:
     )
 
 
+def spans_exported(environ: Mapping[str, str] = os.environ) -> bool:
+    """OTEL_TRACES_EXPORTER, where anything is exported."""
+    return environ.get("OTEL_TRACES_EXPORTER", "").strip() != "none"
+
+
 def check_endpoint(url: str) -> str:
     """A collector's address; raises SettingsError unless it is http:// or https:// with a host."""
     try:

@@ -18,7 +18,7 @@ class Books(ct.Structure):
         for name in (
             "received", "observed", "own", "filtered", "duplicate", "dropped", "unread",
             "untracked_socket", "untracked_pool", "untracked_mptcp", "merged", "undescribed_bytes", "events_lost",
-            "sockets_opened", "sockets_closed", "processes_gone", "series_overflowed", "copy",
+            "rows_withheld", "sockets_opened", "sockets_closed", "processes_gone", "series_overflowed", "copy",
         )
     ]  # fmt: skip
 
@@ -58,6 +58,12 @@ class Served(ct.Structure):
     """struct served: a process that hears of its own pickups from a wait on; `untold`: those that were too many."""
 
     _fields_ = [("from_ns", ct.c_uint64), ("allowance", Allowance), ("untold", ct.c_uint64)]
+
+
+class Interval(ct.Structure):
+    """struct interval: rows_from_ns by side."""
+
+    _fields_ = [("began_ns", ct.c_uint64), ("rows_from_ns", ct.c_uint64 * 2)]
 
 
 class Event(ct.Structure):

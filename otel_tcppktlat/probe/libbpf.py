@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Iterator
 _PROG_INFO_BYTES = 224
 _RUN_TIME_NS, _RUN_CNT, _RECURSION_MISSES = 192, 200, 208  # offsets in struct bpf_prog_info (include/uapi/linux/bpf.h)
 
+_ENOUGH = -1  # from a callback: the record is done, and it is the last one for now
+
 _SampleCallback = ct.CFUNCTYPE(ct.c_int, ct.c_void_p, ct.c_void_p, ct.c_size_t)
 
 
@@ -149,16 +151,20 @@ class RingBuffer:
 
         def receive(_context: int, data: int, size: int) -> int:
             on_record(ct.string_at(data, size))
-            return 0
+            self._left -= 1
+            return _ENOUGH if self._left <= 0 else 0
 
+        self._left = 0
         self._callback = _SampleCallback(receive)  # kept: the library has only its address
         self._ring = self._lib.ring_buffer__new(fd, self._callback, None, None)
         if not self._ring:
             raise OSError(ct.get_errno(), "cannot map the ring buffer")
 
-    def consume(self) -> int:
-        """Hands over all records that are there; returns how many."""
-        return _check(self._lib.ring_buffer__consume(self._ring), "ring buffer")
+    def consume(self, most: int) -> int:
+        """Hands over the records that are there, or so many: more may come as fast; returns how many."""
+        self._left = most
+        result = self._lib.ring_buffer__consume(self._ring)
+        return most if result == _ENOUGH else _check(result, "ring buffer")
 
     def epoll_fd(self) -> int:
         """A descriptor that becomes readable when the kernel asks for attention (the buffer is half full)."""

@@ -26,6 +26,7 @@ from .layout import (
     Books,
     Event,
     Identity,
+    Interval,
     ProcessKey,
     SeriesKey,
     Served,
@@ -37,6 +38,7 @@ CHUNKS = 2048  # of 64 entries: 131,072 segments of stalled readers, exact
 MAX_COPIES = 4  # of each series' histogram, shared by CPUs
 DRAIN_CHUNKS = 56  # a program's share of a long queue; 33 tail calls of it drain 100,000 entries
 RING_BYTES = 1 << 20
+_RING_RECORDS = RING_BYTES // (ct.sizeof(Event) + 8)  # BPF_RINGBUF_HDR_SZ
 _ZERO_KEY = bytes(4)
 _AHEAD_NS = 5_000_000
 _MOST = 2**63 - 1  # that OTLP's integers hold
@@ -187,11 +189,12 @@ class Probe:
         self._free_series = opened("free_series", 0, 4)
         self._identities = opened("identities", 4, ct.sizeof(Identity))
         self._histograms = opened("histograms", 4, value_bytes)
-        self._interval = opened("interval", 4, 8)
+        self._interval = opened("interval", 4, ct.sizeof(Interval))
         self._barrier = opened("barrier", 4, 4)
         self._epochs = opened("epochs", 4, 4)
         self._served = opened("served", 4, ct.sizeof(Served)) if self._options.serve else None
-        self._side = 0
+        self._side = self._running_from_ns = 0
+        self._rows_from_ns = [0, 0]  # of each side
         self._began_ns = time.monotonic_ns()
         self._slowest: tuple[dict[tuple[int, int], Event], ...] = ({}, {})  # of each side, by (series, bucket)
         self._live: dict[int, Series] = {}
@@ -205,9 +208,9 @@ class Probe:
         return self._ring.epoll_fd()
 
     def poll(self) -> int:
-        """Takes what the ring buffer holds; returns the number of events."""
+        """Takes what the ring buffer holds now; returns the number of events."""
         with self._lock:
-            return self._ring.consume()
+            return self._ring.consume(_RING_RECORDS)
 
     def _receive(self, record: bytes) -> None:
         event = self._plausible(record)
@@ -262,16 +265,34 @@ class Probe:
         """Series that the kernel holds now, as of the last harvest."""
         return len(self._live)
 
-    def harvest(self) -> Harvest:
-        """Ends the interval and returns it."""
+    @property
+    def side(self) -> int:
+        """Of the running interval, as its events have it."""
+        return self._side
+
+    def want_rows(self, side: int, from_ns: int) -> None:
+        """From now on shorter waits of this side make no row: they are counted as `rows_withheld`."""
+        with self._lock:
+            if self._rows_from_ns[side] != from_ns:
+                self._rows_from_ns[side] = from_ns
+                self._tell_interval(self._running_from_ns)
+
+    def _tell_interval(self, running_from_ns: int) -> None:
+        self._running_from_ns = running_from_ns
+        from_ns = (ct.c_uint64 * 2)(*self._rows_from_ns)
+        self._interval.update(_ZERO_KEY, bytes(Interval(running_from_ns, from_ns)))
+
+    def harvest(self, all_rows: bool = True) -> Harvest:
+        """Ends the interval and returns it. `all_rows`: whether the next one has rows again that this one withholds."""
         with self._lock:
             old, self._side = self._side, 1 - self._side
+            self._rows_from_ns[self._side] = 0 if all_rows else self._rows_from_ns[old]
             began_ns, ended_ns = self._began_ns, (time.monotonic_ns() + _AHEAD_NS) & ~1 | self._side
-            self._interval.update(_ZERO_KEY, struct.pack("<Q", ended_ns))
+            self._tell_interval(ended_ns)
             while (ahead_ns := ended_ns - time.monotonic_ns()) > 0:
                 time.sleep(ahead_ns / 1e9)
             self._barrier.update(_ZERO_KEY, struct.pack("<I", self._interval.fd))
-            self._ring.consume()
+            self._ring.consume(_RING_RECORDS)
             self._read_series()
             deltas = self._read_histograms(old)
             events = list(self._slowest[old].values())

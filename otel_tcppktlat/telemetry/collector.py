@@ -157,7 +157,7 @@ class Collector:
     def sweep(self) -> None:
         """Takes what processes that are gone have left, so that the kernel can forget them."""
         with self._lock:
-            self._absorb(self._probe.harvest())
+            self._absorb(self._probe.harvest(all_rows=False))
 
     def _absorb(self, harvest: Harvest) -> int:
         """Adds a harvest to the totals; returns when it ended, CLOCK_MONOTONIC."""
@@ -180,6 +180,7 @@ class Collector:
         """
         with self._lock:
             began_s = time.monotonic()
+            self._spans.end_interval(self._probe.side)
             ended_ns = self._absorb(self._probe.harvest())
             unix_offset_ns = time.time_ns() - time.monotonic_ns()
             # Points' times never go back: while the clock is behind them, as somebody set it back, at half its speed.
@@ -283,7 +284,7 @@ class Collector:
             _Number("tcppktlat.events.lost", "{event}", "Events that found the ring buffer full.", (),
                     books["events_lost"]),
             _Number("tcppktlat.spans.suppressed", "{span}", "Spans not made, because the budget was spent.", (),
-                    self._spans.suppressed),
+                    self._spans.suppressed + books["rows_withheld"]),
             *(
                 _Number(DROPPED, "{span}", "Spans that no receiver gets, by reason.",
                         (("tcppktlat.reason", reason),), count)

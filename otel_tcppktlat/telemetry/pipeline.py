@@ -101,6 +101,7 @@ class Pipeline:
 
     def start(self, probe: Probe) -> None:
         """Starts exporting what the probe measures."""
+        self._probe = probe
         pause_s = float(os.environ.get(OTEL_BSP_SCHEDULE_DELAY) or _DEFAULT_DELAY_MS) / 1e3
         self._handover = handover = Handover(self._traces, pause_s) if self._traces else None
         self._tracer_provider: TracerProvider | None = None
@@ -154,6 +155,11 @@ class Pipeline:
     def on_row(self, event: Event) -> None:
         """A pickup that waited MIN_US or longer: a span, if the budget has one for it."""
         self.spans.offer_row(event)
+
+    def after_rows(self) -> None:
+        """Has the kernel withhold rows that the budget has no room for any more."""
+        side = self._probe.side
+        self._probe.want_rows(side, self.spans.rows_from_ns(side))
 
     def shutdown(self, timeout_s: float) -> None:
         """Collects and exports a last time, spans too, and returns after `timeout_s` at the latest."""

@@ -7,7 +7,7 @@ import itertools
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from opentelemetry.context import Context
@@ -119,6 +119,35 @@ class Handover(SpanExporter):
         return self._sender.exporter.force_flush(timeout_millis)
 
 
+class _Rows:
+    """The slowest rows, so many at most."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._order = most, itertools.count()
+        self._heap: list[tuple[int, int, Candidate]] = []  # the shortest wait first
+        self.evicted = 0
+
+    def offer(self, row: Candidate) -> None:
+        entry = (row.event.wait_ns, next(self._order), row)
+        if len(self._heap) < self._most:
+            heapq.heappush(self._heap, entry)
+        else:
+            heapq.heappushpop(self._heap, entry)
+            self.evicted += 1
+
+    @property
+    def from_ns(self) -> int:
+        """The shortest wait that there is room for."""
+        return self._heap[0][0] + 1 if len(self._heap) == self._most else 0
+
+    def name(self, named: Callable[[Candidate], Candidate]) -> None:
+        """Has each replaced by the same one with attributes."""
+        self._heap = [(wait_ns, order, named(row)) for wait_ns, order, row in self._heap]
+
+    def __iter__(self) -> Iterator[Candidate]:
+        return (row for _, _, row in self._heap)
+
+
 class SpanBudget:
     """Makes spans of the slowest waits: `rate` a second, as a budget for the whole interval."""
 
@@ -128,24 +157,31 @@ class SpanBudget:
         """`room`: spans that the queue before the exporter holds. Without a tracer nothing becomes a span."""
         self._tracer, self._handover, self._rate, self._room = tracer, handover, rate, room
         self._most_rows = max(1, int(rate * interval_s)) if tracer else 0
-        self._rows: list[tuple[int, int, Candidate]] = []  # a heap: the shortest wait first
+        self._rows, self._next_rows = _Rows(self._most_rows), _Rows(self._most_rows)
+        self._ending_side: int | None = None
         self._named_until_ns = 0
-        self._order = itertools.count()
         self._rows_lock, self._making_lock = threading.Lock(), threading.Lock()
-        self._given = self._evicted = 0
+        self._given = 0
         self.suppressed = self._without_room = 0
 
     def offer_row(self, event: Event) -> None:
         """Remembers a pickup that waited MIN_US, if it is among the slowest of the interval so far."""
-        if not self._most_rows:
-            return
-        entry = (event.wait_ns, next(self._order), Candidate(event))
+        if self._most_rows:
+            with self._rows_lock:
+                self._rows_of(event.side).offer(Candidate(event))
+
+    def _rows_of(self, side: int) -> _Rows:
+        return self._rows if self._ending_side in (None, side) else self._next_rows
+
+    def rows_from_ns(self, side: int) -> int:
+        """The shortest wait of a row on this side that may still become a span."""
         with self._rows_lock:
-            if len(self._rows) < self._most_rows:
-                heapq.heappush(self._rows, entry)
-            else:
-                heapq.heappushpop(self._rows, entry)
-                self._evicted += 1
+            return self._rows_of(side).from_ns if self._most_rows else 0
+
+    def end_interval(self, side: int) -> None:
+        """Until its spans are made, rows of the other side are the next interval's."""
+        with self._rows_lock:
+            self._ending_side = side
 
     def name_rows(self, attributes_of: Callable[[int], AttributeSet], until_ns: int) -> None:
         """Gives the rows up to a moment, CLOCK_MONOTONIC, the attributes of their series, by its number until then."""
@@ -156,7 +192,7 @@ class SpanBudget:
             return Candidate(row.event, attributes_of(row.event.series))
 
         with self._rows_lock:
-            self._rows = [(wait_ns, order, named(row)) for wait_ns, order, row in self._rows]
+            self._rows.name(named)
             self._named_until_ns = until_ns
 
     def _take_rows(self) -> tuple[dict[tuple[int, int, int], Candidate], int]:
@@ -165,10 +201,13 @@ class SpanBudget:
         Later ones are the next interval's, as are the exemplars that some of them are, too.
         """
         with self._rows_lock:
-            taken = [row for _, _, row in self._rows if row.event.picked_ns <= self._named_until_ns]
-            self._rows = [entry for entry in self._rows if entry[2].event.picked_ns > self._named_until_ns]
-            heapq.heapify(self._rows)
-            evicted, self._evicted = self._evicted, 0
+            taken = [row for row in self._rows if row.event.picked_ns <= self._named_until_ns]
+            for row in self._rows:
+                if row.event.picked_ns > self._named_until_ns:
+                    self._next_rows.offer(row)
+            evicted = self._rows.evicted
+            self._rows, self._next_rows = self._next_rows, _Rows(self._most_rows)
+            self._ending_side = None
         return {row.key: row for row in taken}, evicted
 
     def make_spans(

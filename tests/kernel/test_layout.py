@@ -19,6 +19,7 @@ RECORDS: dict[str, Any] = {
     "process_key": layout.ProcessKey,
     "series_key": layout.SeriesKey,
     "identity": layout.Identity,
+    "interval": layout.Interval,
     "event": layout.Event,
     "allowance": layout.Allowance,
     "served": layout.Served,

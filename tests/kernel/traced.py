@@ -70,10 +70,16 @@ class Traced:
 
     def __init__(self, its_options: ProbeOptions) -> None:
         self.rows: list[Event] = []
+        self.on_row: Callable[[], None] | None = None  # done with each row
         self.options = its_options
-        self.probe = Probe(its_options, self.rows.append)
+        self.probe = Probe(its_options, self._keep)
         self.loaded = self.probe.open()
         self.begin()
+
+    def _keep(self, event: Event) -> None:
+        self.rows.append(event)
+        if self.on_row:
+            self.on_row()
 
     def begin(self) -> None:
         """Forgets what was before."""

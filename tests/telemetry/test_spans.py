@@ -80,6 +80,37 @@ def test_the_slowest_win(tmp_path: pathlib.Path) -> None:
                 assert exemplar.value <= shortest_s
 
 
+def test_the_slowest_win_in_a_flood(tmp_path: pathlib.Path) -> None:
+    """Whether the kernel or the agent leaves the others out: 120 in an interval, of which the kernel soon hears."""
+    with scene_of(tmp_path, "--span-rate", "2", "0", interval_ms="60000") as scene:
+        pick_up(scene, 300)
+        time.sleep(2)  # agent.POLL_S, and a bit
+        pick_up(scene, 300)
+        pick_up(scene, 3, wait_s=0.2)
+        pick_up(scene, 300)
+        assert scene.agent.stop() == 0
+        spans = scene.receiver.spans()
+        assert 3 <= len(spans) <= 120
+        assert sum(told.length_ns(span) >= 200_000_000 for span in spans) == 3
+        assert told.waits(scene.receiver).count == len(spans) + suppressed(scene.receiver) == 903
+
+
+def test_after_a_flood_the_next_interval_has_all(tmp_path: pathlib.Path) -> None:
+    """What the budget of one interval had no room for, 6 in 2 s, that of the next one has."""
+    with scene_of(tmp_path, "--span-rate", "3", "0", interval_ms="2000") as scene:
+        pick_up(scene, 200, wait_s=0.01)
+        scene.settle()
+        sender, reader = scene.listener.connect()
+        for _ in range(3):
+            deliver(sender, reader)
+        port = sender.getsockname()[1]
+        scene.receiver.wait_for(
+            lambda seen: [span.attributes["network.peer.port"] for span in seen.spans()].count(port) == 3, 10
+        )
+        assert scene.agent.stop() == 0
+        assert told.waits(scene.receiver).count == len(scene.receiver.spans()) + suppressed(scene.receiver) == 203
+
+
 def test_the_budget_is_the_intervals_own(tmp_path: pathlib.Path) -> None:
     """Intervals with nothing to tell leave nothing to the next: 10 a second are 2 in 200 ms."""
     with scene_of(tmp_path, "--span-rate", "10", "0") as scene:

@@ -62,7 +62,9 @@ class MadeUp:
         self.next: Mapping[int, Mapping[int, int]] = {}
         self.observed = 0
 
-    def harvest(self) -> Harvest:
+    side = 0
+
+    def harvest(self, all_rows: bool = True) -> Harvest:
         began_ns, deltas = time.monotonic_ns(), []
         events: list[tuple[Series | None, Event]] = []
         for number, counts in self.next.items():

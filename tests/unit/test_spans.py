@@ -6,7 +6,7 @@ import threading
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcessor, SpanExporter, SpanExportResult
@@ -40,6 +40,7 @@ def made_up(number: int, wait_ns: int, kind: int) -> Event:
 PICKUPS = st.lists(st.tuples(st.integers(1, 10**9), st.booleans(), st.booleans()), max_size=30)
 
 
+@settings(deadline=None)
 @given(st.lists(PICKUPS, max_size=4), st.integers(0, 20), st.booleans())
 def test_budget(intervals: list[list[tuple[int, bool, bool]]], rate: int, late: bool) -> None:
     """Intervals of 1 s, or of 2 where the collection is late: by then, rows beyond the budget for 1 s have gone."""
