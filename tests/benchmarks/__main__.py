@@ -12,20 +12,22 @@ import warnings
 
 sys.path.append(str(pathlib.Path(__file__).parents[1]))  # as pytest has it
 
-from . import footprint, instrumentation, pingpong, series, servers, start  # noqa: E402
+from . import flood, footprint, instrumentation, pingpong, series, servers, start  # noqa: E402
 from .kernel import Kernel  # noqa: E402
 from .machine import Cores  # noqa: E402
 from .report import BenchmarkError, Report  # noqa: E402
 from .workloads import WORKLOADS  # noqa: E402
 
-PARTS = ("pingpong", "agent", "series", "start", "instrumentation", "servers")
+PARTS = ("pingpong", "agent", "series", "start", "instrumentation", "servers", "flood")
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description="What tracing costs.")
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
     parser.add_argument(
-        "--rounds", type=int, help="interleaved (pingpong 60, agent 3, series 4, start 5, servers 16, else 12)"
+        "--rounds",
+        type=int,
+        help="interleaved (pingpong 60, agent 3, series 4, start 5, servers and flood 16, else 12)",
     )
     parser.add_argument("--seconds", type=float, default=0.15, help="of each measurement (default: %(default)s)")
     parser.add_argument(
@@ -67,6 +69,9 @@ def main() -> int:
                 elif part == "servers":
                     rounds, seconds = arguments.rounds or 16, max(1, round(arguments.seconds))
                     report = servers.run(kernel, folder, cores, arguments.servers, rounds, seconds)
+                elif part == "flood":
+                    rounds, seconds = arguments.rounds or 16, max(1, round(arguments.seconds))
+                    report = flood.run(kernel, folder, cores, rounds, seconds)
                 else:
                     report = start.run(kernel, arguments.rounds or 5)
                 reports[part] = report

@@ -1,5 +1,5 @@
 /* 64-byte ping-pong over loopback, both ends on one core: pingpong CPU SECONDS. Prints round trips per second, a line for
- * each slice of time.
+ * each slice of time. Or pingpong CPU PORT TRIPS: exactly so many, the server on this port.
  *
  * With both ends on one core a round trip is nothing but kernel work and two context switches, so that what a tracer
  * adds to each segment shows as fewer round trips. SCHED_FIFO keeps the machine's other work away from that core.
@@ -70,7 +70,7 @@ static double trips_per_second(int fd, double seconds) {
 }
 
 int main(int argc, char **argv) {
-  check(argc == 3, "usage: pingpong CPU SECONDS");
+  check(argc == 3 || argc == 4, "usage: pingpong CPU SECONDS, or pingpong CPU PORT TRIPS");
   cpu_set_t core;
   CPU_ZERO(&core);
   CPU_SET(atoi(argv[1]), &core);
@@ -79,9 +79,12 @@ int main(int argc, char **argv) {
   if (sched_setscheduler(0, SCHED_FIFO, &priority)) perror("no SCHED_FIFO: the figures will be noisier");
 
   struct sockaddr_in address = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+  if (argc == 4) address.sin_port = htons((uint16_t)atoi(argv[2]));
   socklen_t length = sizeof(address);
   int listener = socket(AF_INET, SOCK_STREAM, 0), client = socket(AF_INET, SOCK_STREAM, 0);
+  int one = 1;
   check(listener >= 0 && client >= 0, "socket");
+  check(!setsockopt(listener, SOL_SOCKET, SO_REUSEADDR, &one, sizeof(one)), "SO_REUSEADDR");
   check(!bind(listener, (struct sockaddr *)&address, length) && !listen(listener, 1), "listen");
   check(!getsockname(listener, (struct sockaddr *)&address, &length), "getsockname");
   check(!connect(client, (struct sockaddr *)&address, length), "connect");
@@ -99,6 +102,14 @@ int main(int argc, char **argv) {
     return 0;
   }
   close(server);
+  if (argc == 4) {
+    char message[MESSAGE] = {0};
+    for (long left = atol(argv[3]); left; left--) {
+      check(write(client, message, MESSAGE) == MESSAGE, "write");
+      check(receive(client, message), "the other end closed");
+    }
+    return 0;
+  }
   trips_per_second(client, WARM_UP_S);
   double end = now_s() + atof(argv[2]);
   while (now_s() < end) printf("%.1f\n", trips_per_second(client, SLICE_S));

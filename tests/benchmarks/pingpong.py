@@ -52,11 +52,18 @@ class PingPong:
 
     def round_trips(self, seconds: float) -> float:
         """Round trips per second: the median of short slices, so that what interrupts it does not count."""
-        command = [str(self._program), str(self.cores.measured), f"{seconds:g}"]
+        return statistics.median(map(float, self._run(f"{seconds:g}").split()))
+
+    def exactly(self, port: int, trips: int) -> None:
+        """So many round trips, with the server on this port."""
+        self._run(str(port), str(trips))
+
+    def _run(self, *arguments: str) -> str:
+        command = [str(self._program), str(self.cores.measured), *arguments]
         process = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         if process.returncode:
             raise BenchmarkError(f"the ping-pong ended with status {process.returncode}")
-        return statistics.median(map(float, process.stdout.split()))
+        return process.stdout
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from otel_tcppktlat.demo.receiver import Receiver
+from otel_tcppktlat.settings import DEFAULT_SPAN_RATE
 
 from .kernel import RECEIVE_HOOKS, Kernel, Link
 from .machine import Cores, ahead_of_others, cpu_s
@@ -94,14 +95,14 @@ def running(subject: Subject, kernel: Kernel) -> Iterator[list[Link]]:
 
 
 @contextlib.contextmanager
-def stopped_subjects(endpoint: str, kernel: Kernel, arguments: Sequence[str] = ()) -> Iterator[list[Subject]]:
-    """Nothing, empty programs, and the agent; their processes are stopped, so that no other subject pays for them.
+def stopped_subjects(endpoint: str, kernel: Kernel, kinds: Sequence[str] = (EMPTY, OURS)) -> Iterator[list[Subject]]:
+    """Nothing, and these; their processes are stopped, so that no other subject pays for them.
 
-    The agent exports every EXPORT_EVERY_S of the time in which it runs.
+    An agent exports every EXPORT_EVERY_S of the time in which it runs, and has the budget of so much time for spans.
     """
     environment = {"OTEL_METRIC_EXPORT_INTERVAL": f"{EXPORT_EVERY_S / AGENT_SHARE * 1e3:.0f}"}
-    flavour = FLAVOURS[:1]
-    with loaded_subjects(endpoint, kernel, flavour, (EMPTY, OURS), environment, arguments) as subjects:
+    arguments = ["--span-rate", f"{DEFAULT_SPAN_RATE * AGENT_SHARE:g}"]
+    with loaded_subjects(endpoint, kernel, FLAVOURS[:1], kinds, environment, arguments) as subjects:
         processes = [subject.process for subject in subjects if subject.process]
         try:
             for process in processes:
@@ -171,7 +172,7 @@ def noise(slices: Slices, figure: Figure) -> float:
     return statistics.median(abs(ratio - 1) for ratio in ratios(slices, figure, AGAIN, NOTHING))
 
 
-def _median(slices: Slices, figure: Figure, kind: str) -> float:
+def median(slices: Slices, figure: Figure, kind: str) -> float:
     return statistics.median(value for one in slices[kind].values() if (value := figure(one)) is not None)
 
 
@@ -202,13 +203,13 @@ def report(found: Mapping[str, Slices], rounds: int, seconds: int) -> Report:
                 share >= LEAST,
             )
         )
-        cells = [f"{kind.title}, {kind.unit}", f"{_median(slices, throughput, NOTHING):,.{kind.digits}f}"]
+        cells = [f"{kind.title}, {kind.unit}", f"{median(slices, throughput, NOTHING):,.{kind.digits}f}"]
         cells += _shares(slices, throughput)
         if kind.latency:
             slower, usual = statistics.median(ratios(slices, p99_ms, OURS, EMPTY)) - 1, noise(slices, p99_ms)
             text = f"{kind.title}: p99 {slower:+.1%} to that under empty programs (two slices of nothing: {usual:.1%})"
             goals.append(Goal(text, slower <= usual))
-            cells += [f"{_median(slices, p99_ms, NOTHING):.2f}", *_shares(slices, p99_ms)]
+            cells += [f"{median(slices, p99_ms, NOTHING):.2f}", *_shares(slices, p99_ms)]
         else:
             cells += ["-"] * 5
         rows.append(cells)

@@ -21,6 +21,7 @@ REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 TCPPKTLAT = REPOSITORY / "tests" / "support" / "tcppktlat"
 FLAVOURS = ("typed", "raw")
 NOTHING, EMPTY, OURS, PROTOTYPE, PEER = "nothing", "empty programs", "otel-tcppktlat", "prototype", "tcppktlat"
+FLOODED = "otel-tcppktlat 1"  # every pickup wants a span
 DISTURBED = "another program traces tcp_probe or tcp_rcv_space_adjust: end it, or use --not-alone"
 START_LIMIT_S, STOP_LIMIT_S, QUIET_LIMIT_S = 60.0, 15.0, 600.0
 
@@ -70,10 +71,15 @@ def loaded_subjects(
 
     The agents export to `endpoint`, with this environment and these arguments.
     """
+
+    def agent(flavour: str, *more: str) -> Process:
+        return start_agent(flavour, endpoint, environment, arguments=[*more, *arguments], detachable=True)
+
     subjects = [Subject(NOTHING)]
     starts: Mapping[str, Callable[[str], Process]] = {
         EMPTY: lambda flavour: _start_holder("empty", flavour),
-        OURS: lambda flavour: start_agent(flavour, endpoint, environment, arguments=arguments, detachable=True),
+        OURS: agent,
+        FLOODED: lambda flavour: agent(flavour, "1"),
         PROTOTYPE: lambda flavour: _start_holder("prototype", flavour),
     }
     try:
