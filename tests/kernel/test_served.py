@@ -15,6 +15,7 @@ import pytest
 from kernel.traced import MS, PORT, Child, Load, Traced, eventually, options, waits
 from otel_tcppktlat.probe.layout import Event
 from otel_tcppktlat.probe.probe import Harvest, Probe
+from support.kernels import flavours
 from telemetry.told import Listener, deliver, queued_for
 
 CLONE_NEWPID = 0x20000000
@@ -41,7 +42,7 @@ class Serving(Traced):
         return heard
 
 
-@pytest.fixture(scope="module", params=["typed", "raw"])
+@pytest.fixture(scope="module", params=flavours())
 def loaded(request: pytest.FixtureRequest) -> Iterator[Serving]:
     serving = Serving(request.param)
     yield serving
