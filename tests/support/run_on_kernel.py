@@ -342,7 +342,7 @@ def run(a: argparse.Namespace, folder: pathlib.Path, stack: contextlib.ExitStack
             "-cpu",
             "max,-la57",
         ],
-        *["-accel", "tcg,thread=multi,tb-size=256", "-device", "virtio-rng-pci", "-smp"],
+        *["-accel", "tcg,thread=multi,tb-size=1024", "-device", "virtio-rng-pci", "-smp"],
         a.smp,
         "-m",
         f"{a.memory}M",
