@@ -127,7 +127,7 @@ int renew(u64 *ctx) {
   return 0;
 }
 
-/* tcp_rcv_space_adjust: the reader that is known, on a socket with nothing but whole segments in its ring.
+/* tcp_rcv_space_adjust: the reader that is known, and one whole segment, on a socket with nothing else in its ring.
  *
  * All that does not need the time comes before the clock: reading it waits for the loads that are under way. */
 int adjust(u64 *ctx) {
@@ -137,42 +137,34 @@ int adjust(u64 *ctx) {
   u32 copied = load_u32(tp, OFF_tcp_sock_copied_seq);
   struct queue *q = queue_of(sk);
   if (unlikely(!q || q->cold || q->last_end - copied > MAX_WINDOW)) goto slow;
-  u32 head = q->head & (INLINE - 1), n = q->n;
-  struct entry *e = &q->e[head];
-  if (!n || after(e->end, copied)) return 0; /* a peek, or part of a segment */
+  struct entry *e = &q->e[q->head & (INLINE - 1)];
+  if (!q->n || after(e->end, copied)) return 0; /* a peek, or part of a segment */
+  if (q->n > 1 && !after(q->e[(q->head + 1) & (INLINE - 1)].end, copied)) goto slow;
   u64 pid_tgid = bpf_get_current_pid_tgid();
   u32 *epoch = epoch_of(pid_tgid >> 32);
   if (unlikely(q->reader != READER(pid_tgid) || !epoch || q->epoch != *epoch)) goto slow;
   struct books *b = books_of_cpu();
   if (!b) return 0;
   u64 began_ns = interval_began_ns();
-  u32 side = began_ns & 1, segments = 0, bytes = 0, firsts = 0;
-  struct histogram *h = histogram_of(b, side, q->series);
-  u64 now_ns = bpf_ktime_get_ns(), longest_ns = now_ns - e->at_ns, sum_ns = 0; /* the oldest comes first */
-  if (unlikely(is_less(now_ns, began_ns))) h = histogram_of(b, side ^= 1, q->series);
+  struct histogram *h = histogram_of(b, began_ns & 1, q->series);
+  q->side = began_ns & 1;
+  u64 now_ns = bpf_ktime_get_ns();
+  if (unlikely(is_less(now_ns, began_ns))) h = histogram_of(b, q->side ^= 1, q->series);
   if (!h) return 0;
-  for (u32 i = 0; i < INLINE; i++) { KEEP(i);
-    u64 wait_ns = now_ns - e->at_ns;
-    u32 bucket = bucket_near(q, wait_ns);
-    if (EXEMPLARS && unlikely(!h->bucket[bucket])) firsts |= note_first(now_ns, bucket, wait_ns);
-    OBSERVE(h->bucket[bucket], 1);
-    sum_ns += wait_ns;
-    bytes += e->length;
-    segments++;
-    e = &q->e[(head + segments) & (INLINE - 1)];
-    if (segments >= n || after(e->end, copied)) break;
-  }
-  q->head = segments == n ? 0 : head + segments; /* empty, it begins anew: always the same cache lines */
-  q->n = n - segments;
-  OBSERVE(h->sum_ns, sum_ns);
-  COUNT(b->observed, segments);
-  if (firsts || worth_telling(b, q, longest_ns, side)) {
+  u64 wait_ns = now_ns - e->at_ns;
+  u32 bucket = bucket_near(q, wait_ns), first = EXEMPLARS && !h->bucket[bucket];
+  if (unlikely(first)) note_first(now_ns, bucket, wait_ns);
+  OBSERVE(h->bucket[bucket], 1);
+  OBSERVE(h->sum_ns, wait_ns);
+  COUNT(b->observed, 1);
+  q->head = q->n > 1 ? q->head + 1 : 0; /* empty, it begins anew: always the same cache lines */
+  q->n--;
+  if (unlikely(first) || worth_telling(b, q, wait_ns, q->side)) {
     q->picked_ns = now_ns;
-    q->longest_ns = longest_ns;
-    q->side = side;
-    q->segments = segments;
-    q->bytes = bytes;
-    q->firsts = firsts;
+    q->longest_ns = wait_ns;
+    q->segments = 1;
+    q->bytes = e->length;
+    q->firsts = first;
     adjust_tails.call(ctx, TAIL_EMIT);
   }
   return 0;
