@@ -21,19 +21,11 @@ from otel_tcppktlat.probe.layout import Event
 from otel_tcppktlat.probe.libbpf import Libbpf
 from otel_tcppktlat.probe.probe import RING_BYTES
 from support.agent import Agent, loader_of
+from support.objects import held
 from telemetry import told
 from telemetry.told import Listener, deliver
 
 _EVENT_BYTES = ct.sizeof(Event) + 8  # with the ring buffer's header
-
-
-def held(pid: int, kind: str) -> set[int]:
-    """Ids of the BPF links, programs (prog) or maps that a process has open."""
-    found = set()
-    for info in pathlib.Path(f"/proc/{pid}/fdinfo").iterdir():
-        with contextlib.suppress(FileNotFoundError):
-            found |= {int(line.split()[1]) for line in info.read_text().splitlines() if line.startswith(f"{kind}_id:")}
-    return found
 
 
 def loaded(kind: str, number: int) -> bool:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from otel_tcppktlat.probe.libbpf import Libbpf
+from support.objects import held
 
 RECEIVE_HOOKS = ("tcp_probe", "tcp_rcv_space_adjust")
 _LINK_RAW_TRACEPOINT = 1
@@ -69,8 +70,8 @@ class Kernel:
 
     def links_of(self, pid: int, receive_only: bool = True) -> list[Link]:
         """Those of them that a process holds."""
-        held = set(_held_links(pid))
-        return [link for link in self.links(receive_only) if link.link_id in held]
+        its = held(pid, "link")
+        return [link for link in self.links(receive_only) if link.link_id in its]
 
     def attach(self, link: Link, typed: bool) -> int:
         """Attaches a program that is loaded as `link` once did; it stays so until the descriptor is closed."""
@@ -113,13 +114,3 @@ class Kernel:
             yield
         finally:
             os.close(fd)
-
-
-def _held_links(pid: int) -> Iterator[int]:
-    folder = f"/proc/{pid}/fdinfo"
-    for fd in os.listdir(folder):
-        try:
-            with open(f"{folder}/{fd}") as info:
-                yield from (int(line.split()[1]) for line in info if line.startswith("link_id:"))
-        except FileNotFoundError:  # closed meanwhile
-            continue

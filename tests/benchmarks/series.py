@@ -8,7 +8,8 @@ import time
 from dataclasses import dataclass
 
 from otel_tcppktlat.demo.receiver import Receiver
-from support.memory import kernel_bytes, resident_bytes
+from support.memory import resident_bytes
+from support.objects import kernel_bytes
 
 from .crowd import Crowd, crowd
 from .kernel import Kernel

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 
 from otel_tcppktlat.demo.receiver import Receiver
 from support.agent import Agent
-from support.memory import kernel_bytes, resident_bytes
+from support.memory import resident_bytes
+from support.objects import kernel_bytes
 from telemetry import told
 
 MOST_GROWTH = 0.02
