@@ -305,6 +305,12 @@ class Collector:
                 for name, (run_ns, runs, _) in statistics.items()
                 if runs
             ),
+            *(
+                _Number("tcppktlat.bpf.runs.timed", "{run}", "Runs of a program whose time was counted.",
+                        (("tcppktlat.bpf.program", name),), runs)
+                for name, (_, runs, _) in statistics.items()
+                if runs
+            ),
         ]  # fmt: skip
         return numbers
 
