@@ -18,6 +18,7 @@ from .kernel import RECEIVE_HOOKS, Kernel, Link
 from .machine import Cores
 from .report import BenchmarkError, Goal, Report
 from .subjects import (
+    CLOCKS,
     DISTURBED,
     EMPTY,
     FLAVOURS,
@@ -32,7 +33,7 @@ from .subjects import (
     wait_until_quiet,
 )
 
-COST_LIMIT, TRIPS_LIMIT = 1.1, 0.95
+COST_LIMIT, TRIPS_LIMIT = 0.8, 0.95
 ATTEMPTS = 5  # at a window without another tracer
 PEER_ROUNDS = 5
 
@@ -166,11 +167,12 @@ def report(found: dict[str, Samples]) -> Report:
     for flavour in FLAVOURS:
         ours, prototype, empty = (found[label(kind, flavour)] for kind in (OURS, PROTOTYPE, EMPTY))
         cost, reference = _over(ours, empty), _over(prototype, empty)
+        clocks = _over(found[label(CLOCKS, flavour)], empty)
         share, trip_ns = _share(ours, empty), 1e9 / _round_trips(empty)
         goals += [
             Goal(
                 f"{flavour}: {cost:.0f} ns over the empty programs, {cost / reference:.2f} times the prototype's "
-                f"{reference:.0f} (at most {COST_LIMIT:g})",
+                f"{reference:.0f} (at most {COST_LIMIT:g}; the clock alone makes {clocks / reference:.2f})",
                 cost <= COST_LIMIT * reference,
             ),
             Goal(

@@ -20,7 +20,8 @@ from .report import BenchmarkError
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 TCPPKTLAT = REPOSITORY / "tests" / "support" / "tcppktlat"
 FLAVOURS = ("typed", "raw")
-NOTHING, EMPTY, OURS, PROTOTYPE, PEER = "nothing", "empty programs", "otel-tcppktlat", "prototype", "tcppktlat"
+NOTHING, EMPTY, CLOCKS, OURS = "nothing", "empty programs", "the clock alone", "otel-tcppktlat"
+PROTOTYPE, PEER = "prototype", "tcppktlat"
 FLOODED = "otel-tcppktlat 1"  # every pickup wants a span
 DISTURBED = "another program traces tcp_probe or tcp_rcv_space_adjust: end it, or use --not-alone"
 START_LIMIT_S, STOP_LIMIT_S, QUIET_LIMIT_S = 60.0, 15.0, 600.0
@@ -63,7 +64,7 @@ def loaded_subjects(
     endpoint: str,
     kernel: Kernel,
     flavours: Sequence[str] = FLAVOURS,
-    kinds: Sequence[str] = (EMPTY, OURS, PROTOTYPE),
+    kinds: Sequence[str] = (EMPTY, CLOCKS, OURS, PROTOTYPE),
     environment: Mapping[str, str] | None = None,
     arguments: Sequence[str] = (),
 ) -> Iterator[list[Subject]]:
@@ -78,6 +79,7 @@ def loaded_subjects(
     subjects = [Subject(NOTHING)]
     starts: Mapping[str, Callable[[str], Process]] = {
         EMPTY: lambda flavour: _start_holder("empty", flavour),
+        CLOCKS: lambda flavour: _start_holder("clocks", flavour),
         OURS: agent,
         FLOODED: lambda flavour: agent(flavour, "1"),
         PROTOTYPE: lambda flavour: _start_holder("prototype", flavour),

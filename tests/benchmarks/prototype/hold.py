@@ -1,6 +1,6 @@
 """Loads one set of programs, attaches it, detaches it when a line comes on stdin: hold.py SET FLAVOUR.
 
-SET is `prototype` or `empty`; FLAVOUR is `typed` (BTF-typed tracepoints, socket storage) or `raw` (raw tracepoints, a
+SET is `prototype`, `empty` or `clocks`; FLAVOUR is `typed` (BTF-typed tracepoints, socket storage) or `raw` (raw tracepoints, a
 hash). Runs under the distribution's Python, where bcc is: the standard library, bcc, and the product's loader only.
 """
 
