@@ -12,13 +12,13 @@ import warnings
 
 sys.path.append(str(pathlib.Path(__file__).parents[1]))  # as pytest has it
 
-from . import flood, footprint, instrumentation, pingpong, series, servers, start  # noqa: E402
+from . import flood, footprint, idle, instrumentation, pingpong, series, servers, sockets, start  # noqa: E402
 from .kernel import Kernel  # noqa: E402
 from .machine import Cores  # noqa: E402
 from .report import BenchmarkError, Report  # noqa: E402
 from .workloads import WORKLOADS  # noqa: E402
 
-PARTS = ("pingpong", "agent", "series", "start", "instrumentation", "servers", "flood")
+PARTS = ("pingpong", "agent", "idle", "series", "sockets", "start", "instrumentation", "servers", "flood")
 
 
 def _arguments() -> argparse.Namespace:
@@ -60,8 +60,12 @@ def main() -> int:
                     report = pingpong.run(kernel, folder, cores, arguments.rounds or 60, arguments.seconds)
                 elif part == "agent":
                     report = footprint.run(kernel, folder, cores, arguments.rounds or 3, arguments.seconds)
+                elif part == "idle":
+                    report = idle.run(kernel)
                 elif part == "series":
                     report = series.run(kernel, arguments.rounds or 4)
+                elif part == "sockets":
+                    report = sockets.run(kernel)
                 elif part == "instrumentation":
                     report = instrumentation.run(
                         folder, cores, arguments.rounds or 12, max(2, round(arguments.seconds))

@@ -23,7 +23,7 @@ SETTLE_S = 0.5  # after attaching: the exporters start
 RSS_LIMIT_MB, CPU_LIMIT = 60, 0.01
 INTERVAL_S = 10.0  # a sixth of the default: what an export costs weighs more than it does by default
 EXPORTS = 2
-_PROTOCOLS = {"gRPC": "grpc", "HTTP": "http/protobuf"}
+PROTOCOLS = {"gRPC": "grpc", "HTTP": "http/protobuf"}
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def measure(pingpong: PingPong, kernel: Kernel, rounds: int, seconds: float) -> 
     """Interleaved rounds, by protocol."""
     found: dict[str, list[Usage]] = defaultdict(list)
     for _ in range(rounds):
-        for name, protocol in _PROTOCOLS.items():
+        for name, protocol in PROTOCOLS.items():
             wait_until_quiet(kernel)
             with Receiver() as receiver:
                 endpoint = receiver.grpc_endpoint if protocol == "grpc" else receiver.http_endpoint

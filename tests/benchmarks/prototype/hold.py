@@ -1,7 +1,8 @@
 """Loads one set of programs, attaches it, detaches it when a line comes on stdin: hold.py SET FLAVOUR.
 
-SET is `prototype`, `empty` or `clocks`; FLAVOUR is `typed` (BTF-typed tracepoints, socket storage) or `raw` (raw tracepoints, a
-hash). Runs under the distribution's Python, where bcc is: the standard library, bcc, and the product's loader only.
+SET is `prototype`, `empty` or `clocks`; FLAVOUR is `typed` (BTF-typed tracepoints, socket storage) or `raw` (raw
+tracepoints, a hash). Runs under the distribution's Python, where bcc is: the standard library, bcc, and the product's
+loader only.
 """
 
 from __future__ import annotations

@@ -1,0 +1,91 @@
+"""An agent that sees no traffic: CPU time and wakeups of its threads, for as long as the default export interval."""
+
+from __future__ import annotations
+
+import pathlib
+import subprocess
+import time
+from collections import Counter
+from dataclasses import dataclass
+
+from otel_tcppktlat.agent import POLL_S
+from otel_tcppktlat.demo.receiver import Receiver
+
+from .footprint import PROTOCOLS
+from .kernel import Kernel
+from .report import Goal, Report
+from .subjects import start_agent, stop, wait_until_attached
+
+WINDOW_S, SETTLE_S = 60.0, 3.0
+CPU_LIMIT = 0.001
+EXPORT_WAKEUPS = 40  # of the interpreter's threads, for the one export of the window
+_SEEN_BY_NOBODY = ["-l", "1"]  # a port that nobody listens on: what else the machine receives is no load
+_INTERPRETER = "python"
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Of one agent in the window. `wakeups`: of the interpreter's threads; `grpc_wakeups`: of gRPC's own."""
+
+    cpu: float
+    wakeups: int
+    grpc_wakeups: int
+
+
+def _threads(pid: int) -> dict[str, tuple[str, int, int]]:
+    """By thread: its name, how often it went to sleep (proc_pid_status(5)), and the ns that it ran (schedstat)."""
+    found = {}
+    for task in pathlib.Path(f"/proc/{pid}/task").iterdir():
+        status = dict(line.split(":\t", 1) for line in (task / "status").read_text().splitlines() if ":\t" in line)
+        ran_ns = int((task / "schedstat").read_text().split()[0])
+        found[task.name] = status["Name"], int(status["voluntary_ctxt_switches"]), ran_ns
+    return found
+
+
+def _use(pid: int) -> Usage:
+    before = _threads(pid)
+    time.sleep(WINDOW_S)
+    wakeups, ran_ns = Counter[bool](), 0
+    for task, (name, slept, ns) in _threads(pid).items():
+        _, slept_before, ns_before = before.get(task, (name, 0, 0))
+        wakeups[name.startswith(_INTERPRETER)] += slept - slept_before
+        ran_ns += ns - ns_before
+    return Usage(ran_ns / 1e9 / WINDOW_S, wakeups[True], wakeups[False])
+
+
+def _measure(kernel: Kernel, protocol: str) -> Usage:
+    with Receiver() as receiver:
+        endpoint = receiver.grpc_endpoint if protocol == "grpc" else receiver.http_endpoint
+        settings = {"OTEL_EXPORTER_OTLP_PROTOCOL": protocol}
+        agent = start_agent("auto", endpoint, settings, arguments=_SEEN_BY_NOBODY, stderr=subprocess.DEVNULL)
+        try:
+            wait_until_attached(agent, kernel)
+            time.sleep(SETTLE_S)
+            return _use(agent.pid)
+        finally:
+            stop(agent)
+
+
+def run(kernel: Kernel) -> Report:
+    """The whole part."""
+    found = {name: _measure(kernel, protocol) for name, protocol in PROTOCOLS.items()}
+    most = round(WINDOW_S / POLL_S) + EXPORT_WAKEUPS
+    goals = [
+        goal
+        for name, usage in found.items()
+        for goal in (
+            Goal(f"{name}: {usage.cpu:.3%} of a core (at most {CPU_LIMIT:.1%})", usage.cpu <= CPU_LIMIT),
+            Goal(
+                f"{name}: {usage.wakeups} wakeups (at most {most}: a poll every {POLL_S:g} s, and the export)",
+                usage.wakeups <= most,
+            ),
+        )
+    ]
+    return Report(
+        "Idle",
+        ["exporting over", "CPU of a core", "wakeups", "gRPC's own"],
+        [[name, f"{usage.cpu:.3%}", f"{usage.wakeups}", f"{usage.grpc_wakeups}"] for name, usage in found.items()],
+        goals,
+        [f"{WINDOW_S:g} s, with one export in them, at the default interval. gRPC's threads wake up by themselves."],
+        {name: [vars(usage)] for name, usage in found.items()},
+    )
