@@ -9,6 +9,8 @@ import pathlib
 import sys
 import tempfile
 import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 sys.path.append(str(pathlib.Path(__file__).parents[1]))  # as pytest has it
 
@@ -18,29 +20,65 @@ from .machine import Cores  # noqa: E402
 from .report import BenchmarkError, Report  # noqa: E402
 from .workloads import WORKLOADS  # noqa: E402
 
-PARTS = ("pingpong", "agent", "idle", "series", "sockets", "start", "instrumentation", "servers", "flood")
+
+@dataclass(frozen=True)
+class Place:
+    """Where a part is measured, and what its servers are."""
+
+    kernel: Kernel
+    cores: Cores
+    folder: pathlib.Path
+    servers: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Part:
+    """`run` gets the rounds and the seconds of each measurement; the first two are its defaults. 0 s: it knows itself."""
+
+    rounds: int
+    seconds: float
+    run: Callable[[Place, int, float], Report]
+
+
+PARTS: Mapping[str, Part] = {
+    "pingpong": Part(60, 0.15, lambda at, rounds, s: pingpong.run(at.kernel, at.folder, at.cores, rounds, s)),
+    "agent": Part(3, 0.15, lambda at, rounds, s: footprint.run(at.kernel, at.folder, at.cores, rounds, s)),
+    "idle": Part(1, 60, lambda at, _rounds, s: idle.run(at.kernel, s)),
+    "series": Part(4, 0, lambda at, rounds, _s: series.run(at.kernel, rounds)),
+    "sockets": Part(1, 0, lambda at, _rounds, _s: sockets.run(at.kernel)),
+    "start": Part(5, 0, lambda at, rounds, _s: start.run(at.kernel, rounds)),
+    "instrumentation": Part(12, 2, lambda at, rounds, s: instrumentation.run(at.folder, at.cores, rounds, round(s))),
+    "servers": Part(
+        16, 1, lambda at, rounds, s: servers.run(at.kernel, at.folder, at.cores, at.servers, rounds, round(s))
+    ),
+    "flood": Part(16, 1, lambda at, rounds, s: flood.run(at.kernel, at.folder, at.cores, rounds, round(s))),
+}
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description="What tracing costs.")
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
+    parser.add_argument("--rounds", type=int, help=f"interleaved (default: {_defaults(lambda part: part.rounds)})")
     parser.add_argument(
-        "--rounds",
-        type=int,
-        help="interleaved (pingpong 60, agent 3, series 4, start 5, servers and flood 16, else 12)",
+        "--seconds",
+        type=float,
+        help=f"of each measurement, if it can be chosen ({_defaults(lambda part: part.seconds)})",
     )
-    parser.add_argument("--seconds", type=float, default=0.15, help="of each measurement (default: %(default)s)")
     parser.add_argument(
         "--servers", type=lambda text: text.split(","), default=[], help=f"of {','.join(WORKLOADS)} (default: all)"
     )
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="every single figure")
     parser.add_argument("--not-alone", action="store_true", help="do not wait for other tracers to end")
     arguments = parser.parse_args()
-    if unknown := set(arguments.parts) - set(PARTS):
+    if unknown := {*arguments.parts} - {*PARTS}:
         parser.error(f"there is no part {unknown.pop()!r}")
     if unknown := set(arguments.servers) - set(WORKLOADS):
         parser.error(f"there is no server {unknown.pop()!r}")
     return arguments
+
+
+def _defaults(of: Callable[[Part], float]) -> str:
+    return ", ".join(f"{name} {of(part):g}" for name, part in PARTS.items() if of(part))
 
 
 def main() -> int:
@@ -53,33 +91,12 @@ def main() -> int:
     cores, kernel = Cores(), Kernel(alone=not arguments.not_alone)
     reports: dict[str, Report] = {}
     try:
-        with tempfile.TemporaryDirectory() as name:
-            folder = pathlib.Path(name)
-            for part in arguments.parts or PARTS:
-                if part == "pingpong":
-                    report = pingpong.run(kernel, folder, cores, arguments.rounds or 60, arguments.seconds)
-                elif part == "agent":
-                    report = footprint.run(kernel, folder, cores, arguments.rounds or 3, arguments.seconds)
-                elif part == "idle":
-                    report = idle.run(kernel)
-                elif part == "series":
-                    report = series.run(kernel, arguments.rounds or 4)
-                elif part == "sockets":
-                    report = sockets.run(kernel)
-                elif part == "instrumentation":
-                    report = instrumentation.run(
-                        folder, cores, arguments.rounds or 12, max(2, round(arguments.seconds))
-                    )
-                elif part == "servers":
-                    rounds, seconds = arguments.rounds or 16, max(1, round(arguments.seconds))
-                    report = servers.run(kernel, folder, cores, arguments.servers, rounds, seconds)
-                elif part == "flood":
-                    rounds, seconds = arguments.rounds or 16, max(1, round(arguments.seconds))
-                    report = flood.run(kernel, folder, cores, rounds, seconds)
-                else:
-                    report = start.run(kernel, arguments.rounds or 5)
-                reports[part] = report
-                print(report.markdown(), flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            place = Place(kernel, cores, pathlib.Path(folder), arguments.servers)
+            for name, part in PARTS.items():
+                if name in (arguments.parts or PARTS):
+                    reports[name] = part.run(place, arguments.rounds or part.rounds, arguments.seconds or part.seconds)
+                    print(reports[name].markdown(), flush=True)
     except BenchmarkError as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 1

@@ -134,8 +134,8 @@ def run(kernel: Kernel) -> Report:
         [_goal(flavour, size, usage) for (flavour, size), usage in found.items()],
         [
             f"Over gRPC, every {INTERVAL_S:g} s; CPU: of the agent, from the segments' sending or reading to the "
-            "export. Kernel objects: by how much all of them grew from before the first segment to after the last read, "
-            "socket storage above all."
+            "export. Kernel objects: by how much all of them grew from before the first segment to after the last "
+            "read, socket storage above all."
         ],
         {f"{size} {flavour}": [vars(usage)] for (flavour, size), usage in found.items()},
     )
