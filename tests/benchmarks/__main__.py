@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 sys.path.append(str(pathlib.Path(__file__).parents[1]))  # as pytest has it
 
-from . import flood, footprint, idle, instrumentation, pingpong, series, servers, sockets, start  # noqa: E402
+from . import flood, footprint, idle, instrumentation, maps, pingpong, series, servers, sockets, start  # noqa: E402
 from .kernel import Kernel  # noqa: E402
 from .machine import Cores  # noqa: E402
 from .report import BenchmarkError, Report  # noqa: E402
@@ -33,7 +33,10 @@ class Place:
 
 @dataclass(frozen=True)
 class Part:
-    """`run` gets the rounds and the seconds of each measurement; the first two are its defaults. 0 s: it knows itself."""
+    """`run` gets the rounds and the seconds of each measurement; the first two are its defaults.
+
+    0 s where they cannot be chosen.
+    """
 
     rounds: int
     seconds: float
@@ -42,6 +45,7 @@ class Part:
 
 PARTS: Mapping[str, Part] = {
     "pingpong": Part(60, 0.15, lambda at, rounds, s: pingpong.run(at.kernel, at.folder, at.cores, rounds, s)),
+    "maps": Part(20, 0.1, lambda at, rounds, s: maps.run(at.kernel, at.folder, at.cores, rounds, s)),
     "agent": Part(3, 0.15, lambda at, rounds, s: footprint.run(at.kernel, at.folder, at.cores, rounds, s)),
     "idle": Part(1, 60, lambda at, _rounds, s: idle.run(at.kernel, s)),
     "series": Part(4, 0, lambda at, rounds, _s: series.run(at.kernel, rounds)),

@@ -12,11 +12,11 @@ _IDLE, _IOWAIT = 3, 4  # of a line of /proc/stat
 
 
 class Cores:
-    """`measured` is the ping-pong's, or a server's."""
+    """`measured` is the ping-pong's, or a server's; `other` is one of the others, if there are any."""
 
     def __init__(self) -> None:
         self._all = sorted(os.sched_getaffinity(0))
-        self.measured = self._all[0]
+        self.measured, self.other = self._all[0], self._all[-1]
 
     @contextmanager
     def kept_apart(self) -> Iterator[None]:

@@ -41,12 +41,13 @@ PEER_ROUNDS = 5
 class PingPong:
     """The compiled program; `folder` gets it."""
 
-    def __init__(self, folder: pathlib.Path, cores: Cores) -> None:
-        """Raises BenchmarkError without a C compiler."""
+    def __init__(self, folder: pathlib.Path, cores: Cores, core: int | None = None) -> None:
+        """`core`: another one than the measured. Raises BenchmarkError without a C compiler."""
         compiler = shutil.which("cc")
         if compiler is None:
             raise BenchmarkError("no C compiler for the ping-pong: install one (gcc on Debian and Ubuntu)")
         self.cores, self._program = cores, folder / "pingpong"
+        self._core = cores.measured if core is None else core
         source = pathlib.Path(__file__).with_suffix(".c")
         if subprocess.run([compiler, "-O2", "-Wall", "-o", self._program, source]).returncode:
             raise BenchmarkError("the C compiler cannot make the ping-pong: install its headers (libc6-dev on Debian)")
@@ -60,7 +61,7 @@ class PingPong:
         self._run(str(port), str(trips))
 
     def _run(self, *arguments: str) -> str:
-        command = [str(self._program), str(self.cores.measured), *arguments]
+        command = [str(self._program), str(self._core), *arguments]
         process = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         if process.returncode:
             raise BenchmarkError(f"the ping-pong ended with status {process.returncode}")

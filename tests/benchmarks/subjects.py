@@ -78,17 +78,17 @@ def loaded_subjects(
 
     subjects = [Subject(NOTHING)]
     starts: Mapping[str, Callable[[str], Process]] = {
-        EMPTY: lambda flavour: _start_holder("empty", flavour),
-        CLOCKS: lambda flavour: _start_holder("clocks", flavour),
+        EMPTY: lambda flavour: start_holder("empty", flavour),
+        CLOCKS: lambda flavour: start_holder("clocks", flavour),
         OURS: agent,
         FLOODED: lambda flavour: agent(flavour, "1"),
-        PROTOTYPE: lambda flavour: _start_holder("prototype", flavour),
+        PROTOTYPE: lambda flavour: start_holder("prototype", flavour),
     }
     try:
         for flavour in flavours:
             for kind in kinds:
                 subjects.append(Subject(kind, flavour, starts[kind](flavour)))
-        subjects = [_detached(subject, kernel) for subject in subjects]
+        subjects = [detached(subject, kernel) for subject in subjects]
         yield subjects
     finally:
         for subject in subjects:
@@ -96,7 +96,7 @@ def loaded_subjects(
                 stop(subject.process)
 
 
-def _detached(subject: Subject, kernel: Kernel) -> Subject:
+def detached(subject: Subject, kernel: Kernel) -> Subject:
     """Waits for its programs, remembers them, and has the process let go of them."""
     process = subject.process
     if process is None:
@@ -111,7 +111,8 @@ def _detached(subject: Subject, kernel: Kernel) -> Subject:
     return Subject(subject.kind, subject.flavour, process, links)
 
 
-def _start_holder(programs: str, flavour: str) -> Process:
+def start_holder(programs: str, flavour: str) -> Process:
+    """Programs of prototype/, loaded and attached."""
     return subprocess.Popen(
         [DISTRIBUTION_PYTHON, "-m", "tests.benchmarks.prototype.hold", programs, flavour],
         cwd=REPOSITORY,

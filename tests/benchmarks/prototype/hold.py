@@ -1,8 +1,8 @@
 """Loads one set of programs, attaches it, detaches it when a line comes on stdin: hold.py SET FLAVOUR.
 
-SET is `prototype`, `empty` or `clocks`; FLAVOUR is `typed` (BTF-typed tracepoints, socket storage) or `raw` (raw
-tracepoints, a hash). Runs under the distribution's Python, where bcc is: the standard library, bcc, and the product's
-loader only.
+SET is `prototype`, `empty`, `clocks` or `maps:KIND`. FLAVOUR is `typed` (BTF-typed tracepoints, socket storage) or
+`raw` (raw tracepoints, a hash). Runs under the distribution's Python, where bcc is: the standard library, bcc, and the
+product's loader only.
 """
 
 from __future__ import annotations
@@ -67,8 +67,10 @@ def _typed_loader(bpf: Any, libbpf: ct.CDLL, btf: Btf) -> Load:
 def _compile(name: str, typed: bool, btf: Btf) -> Any:
     from bcc import BPF
 
-    text = (HERE / f"{name}.bpf.c").read_text().replace("BOUNDS", _bucket_search(0, len(BOUNDS_NS)))
+    file, _, kind = name.partition(":")
+    text = (HERE / f"{file}.bpf.c").read_text().replace("BOUNDS", _bucket_search(0, len(BOUNDS_NS)))
     flags = [
+        f"-DKIND_{kind}=1",
         f"-DTYPED={int(typed)}",
         *(f"-DOFF_{struct}_{member}={btf.offset(struct, member)}" for struct, member in FIELDS),
     ]
