@@ -8,7 +8,7 @@ import time
 
 from otel_tcppktlat.demo.receiver import Point, Receiver
 from telemetry import told
-from telemetry.told import DURATION, RECEIVED, Scene, deliver
+from telemetry.told import DURATION, RECEIVED, SETTLED, Scene, deliver
 
 HOUR_S = 3600
 FAILS = "Failed to export metrics"  # the SDK, with -v
@@ -21,12 +21,23 @@ def step(seconds: float) -> None:
     time.clock_settime(time.CLOCK_REALTIME, time.time() + seconds)
 
 
+def wait_for_observed(receiver: Receiver, segments: int) -> None:
+    """Until the receiver has so many: the stack may get more, as a slow guest's TCP sends some again."""
+    receiver.wait_for(lambda seen: told.number(seen, SETTLED, tcppktlat_outcome="observed") >= segments, 120)
+
+
+def check_books(receiver: Receiver, segments: int) -> None:
+    """They balance, each segment has been observed, and only those."""
+    books = told.check_balance(receiver)
+    assert books["observed"] == segments == books["received"] - books.get("duplicate", 0), books
+
+
 def deliver_some(scene: Scene, total: int) -> None:
     """Five segments, and some intervals afterwards."""
     sender, reader = scene.listener.connect()
     for _ in range(5):
         deliver(sender, reader, 0.02)
-    scene.receiver.wait_for(lambda seen: told.number(seen, RECEIVED) == total, 120)
+    wait_for_observed(scene.receiver, total)
     before = len(scene.receiver.points(RECEIVED))
     scene.receiver.wait_for(lambda seen: len(seen.points(RECEIVED)) >= before + 5, 120)
 
@@ -38,7 +49,7 @@ def test_there_and_back(tmp_path: pathlib.Path) -> None:
             deliver_some(scene, 5 * count)
         assert scene.agent.stop() == 0
         receiver = scene.receiver
-    assert told.check_balance(receiver) == {"received": 25, "observed": 25, "queued": 0}
+    check_books(receiver, 25)
     for name in (RECEIVED, DURATION):
         points = receiver.points(name)
         times = [point.time_unix_ns for point in points]
@@ -49,9 +60,12 @@ def test_there_and_back(tmp_path: pathlib.Path) -> None:
 
 
 def check_waits(receiver: Receiver, segments: int) -> None:
-    """No wait is an hour longer or shorter for it, as an exemplar or as a span."""
+    """No wait is an hour longer or shorter for it, as an exemplar or as a span.
+
+    gRPC's deadlines go by the clock: what was under way when it was set may have come twice.
+    """
     assert all(0.02 <= (exemplar.value or 0) < 10 for _, exemplar in told.exemplars(receiver))
-    lengths_s = [told.length_ns(span) / 1e9 for span in receiver.spans()]
+    lengths_s = [told.length_ns(span) / 1e9 for span in told.spans_by_id(receiver).values()]
     assert len(lengths_s) == segments and all(0.02 <= length_s < 10 for length_s in lengths_s)
 
 
@@ -84,7 +98,7 @@ def test_in_the_middle_of_an_interval(tmp_path: pathlib.Path) -> None:
     environment = {
         "OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE": "delta",
         "OTEL_METRIC_EXPORT_INTERVAL": str(INTERVAL_S * 1000),
-        "OTEL_EXPORTER_OTLP_TIMEOUT": "1",
+        "OTEL_EXPORTER_OTLP_TIMEOUT": "5",
     }
     steps = [(HOUR_S, False), (-HOUR_S, True), (-HOUR_S, False), (HOUR_S, True)]
     segments = 5 * len(steps)
@@ -92,9 +106,9 @@ def test_in_the_middle_of_an_interval(tmp_path: pathlib.Path) -> None:
         receiver = scene.receiver
         for seconds, away in steps:
             deliver_across(scene, seconds, away)
-        receiver.wait_for(lambda seen: told.number(seen, RECEIVED) == segments, 120)
+        wait_for_observed(receiver, segments)
         assert scene.agent.stop() == 0
-    assert told.check_balance(receiver) == {"received": segments, "observed": segments, "queued": 0}
+    check_books(receiver, segments)
     durations = receiver.points(DURATION)
     assert [point.count for point in durations] == [5] * len(steps)
     for points in (durations, receiver.points(RECEIVED)):
