@@ -126,12 +126,16 @@ struct event {
 
 /* How many events there were in the second that began at second_ns. CPUs may race for it: a few more or less. */
 struct allowance { u64 second_ns, told; };
-/* A process that hears of its own pickups from this wait on; `untold`: those that were too many. */
+/* A process that hears of its own pickups from this wait on: one each pause_ns, on average, and what is twice as slow as
+ * slowest_ns in any case; `untold`: all the others. CPUs may race here, too. */
 struct served {
-  u64 from_ns;
-  struct allowance allowance;
+  u64 from_ns, pause_ns;
+  u64 due_ns;                /* the next one is due then, on average; it falls behind by SERVED_SAVED_NS at most */
+  u64 slowest_ns, halved_ns; /* of those that it heard of, halved now and then, the last time at halved_ns */
   u64 untold;
 };
+#define SERVED_SAVED_NS 10000000000ULL
+#define SERVED_HALVING_NS 1000000000ULL
 
 /* The first wait of each bucket in one pickup, until they become events. One array per CPU: `pickup_ns`, its time,
  * tells whose it is. */

@@ -115,6 +115,30 @@ static inline int allows(struct allowance *a, u64 now_ns, u64 most) {
   return a->told++ < most;
 }
 
+static inline int is_due(struct served *s, u64 now_ns) {
+  u64 earliest_ns = now_ns - SERVED_SAVED_NS;
+  if ((s64)(s->due_ns - earliest_ns) < 0) s->due_ns = earliest_ns;
+  if ((s64)(s->due_ns - now_ns) > 0) return 0;
+  s->due_ns += s->pause_ns;
+  return 1;
+}
+
+/* Under a flood, too, what is really slow is heard of. */
+static inline int stands_out(struct served *s, u64 wait_ns, u64 now_ns) {
+  if ((s64)(now_ns - s->halved_ns) >= (s64)SERVED_HALVING_NS) {
+    s->halved_ns = now_ns;
+    s->slowest_ns /= 2;
+  }
+  return wait_ns / 2 >= s->slowest_ns;
+}
+
+static inline int is_told(struct served *s, u64 wait_ns, u64 now_ns) {
+  int out = stands_out(s, wait_ns, now_ns);
+  if (!is_due(s, now_ns) && !out) return 0;
+  if (s->slowest_ns < wait_ns) s->slowest_ns = wait_ns;
+  return 1;
+}
+
 /* Who is to hear of a pickup of this process. */
 static inline u32 audience_of(u32 tgid, struct queue *q) {
   int zero = 0;
@@ -122,7 +146,7 @@ static inline u32 audience_of(u32 tgid, struct queue *q) {
   struct served *s = served.lookup(&tgid);
   struct allowance *all = served_all.lookup(&zero);
   if (!s || !all || q->longest_ns < s->from_ns) return kinds;
-  if (allows(&s->allowance, q->picked_ns, SERVED_EACH) && allows(all, q->picked_ns, SERVED_ALL)) return kinds | KIND_SERVED;
+  if (is_told(s, q->longest_ns, q->picked_ns) && allows(all, q->picked_ns, SERVED_ALL)) return kinds | KIND_SERVED;
   ADD(s->untold, 1);
   return kinds;
 }

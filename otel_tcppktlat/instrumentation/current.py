@@ -3,7 +3,7 @@
 opentelemetry.context has no hook, and a runtime context of our own (OTEL_PYTHON_CONTEXT) would have to be chosen before
 that module is imported. So attach and detach of the one that is in use are replaced, on the object, not on its class.
 They take the place of its own: an application calls no function more than before, and all thinking is done when a late
-pickup is asked for.
+pickup is asked for. What they do costs by what it touches: an application's code has left little of it in the caches.
 
 A thread reads its sockets between its own changes of context, never during one. So the time of a pickup tells exactly
 which span was current, if the thread runs one thing after the other. Tasks and greenlets do not: while they run, and in
@@ -27,7 +27,7 @@ from opentelemetry.context.contextvars_context import ContextVarsRuntimeContext
 from opentelemetry.trace import SpanContext
 from opentelemetry.trace.propagation import _SPAN_KEY
 
-REMEMBERED = 1024  # changes of a thread; late pickups are told within some ms
+REMEMBERED = 512  # changes of a thread; late pickups are told within some ms
 REMEMBERED_ENDED, ENDED_THREADS = 64, 64
 _ALWAYS_INTERLEAVING = ("gevent", "eventlet")  # they switch wherever a thread would wait
 _INTERLEAVING = ("greenlet", "trio")  # asyncio is asked in any case, and other event loops are its
@@ -38,12 +38,14 @@ class _Suppressed(SpanContext):
 
 
 SUPPRESSED = _Suppressed(0, 0, is_remote=False)
-_DETACHED = _Suppressed(0, 0, is_remote=False)  # in the place of the span: a token was given back
-_FORGET = 0  # in the place of the token: nothing of before is known any more
 
-# CLOCK_MONOTONIC in ns, id() of the token, whether the thread ran nothing but this, and the span that is current now.
+# CLOCK_MONOTONIC in ns, and of what is attached id() of its token, whether the thread ran nothing but this, and the
+# span that is current now; of what is detached id() of its token; of what went wrong nothing: all before is forgotten.
 # No reference to a context, a token or a span: an application's objects live as long as it wants them to.
-_Change = tuple[int, int, bool, "SpanContext | None"]
+_Attached = tuple[int, int, bool, "SpanContext | None"]
+_Detached = tuple[int, int]
+_Forgotten = tuple[int]
+_Change = _Attached | _Detached | _Forgotten
 
 
 class _Thread:
@@ -55,27 +57,30 @@ class _Thread:
 
     def at(self, when_ns: int) -> tuple[bool, SpanContext | None]:
         """(whether that is remembered, what was current for sure)."""
-        changes = self.changes.copy()
-        last = bisect.bisect_right(changes, when_ns, key=lambda change: change[0]) - 1
-        return last >= 0, _current_after(changes, last)
+        changes = list(self.changes)
+        until = bisect.bisect_right(changes, when_ns, key=lambda change: change[0])
+        return until > 0, _current_after(changes[:until])
 
 
-def _current_after(changes: deque[_Change], last: int) -> SpanContext | None:
-    """The innermost of those that were attached by then, and had not been detached."""
-    if not changes[last][2]:
-        return None
+def _current_after(changes: list[_Change]) -> SpanContext | None:
+    """The innermost of those that were attached, and have not been detached."""
     detached: set[int] = set()
-    for number in range(last, -1, -1):
-        _, token, alone, span = changes[number]
-        if token == _FORGET:
+    latest = changes[-1][1] if changes and len(changes[-1]) > 1 else None
+    for change in reversed(changes):
+        if len(change) == 1:
             break
-        if not alone:
-            continue  # a task's or a greenlet's: what is below stays
-        if span is _DETACHED:
+        token = change[1]
+        if len(change) == 2:
             detached.add(token)
-        elif token in detached:
+            continue
+        _, _, alone, span = change
+        if token == latest:
+            if not alone:
+                break  # the thread runs tasks or greenlets
+            latest = None
+        if token in detached:
             detached.remove(token)
-        else:
+        elif alone:  # else a task's or a greenlet's: what is below stays
             return span if not detached else None  # something around it has been left already
     return None
 
@@ -103,21 +108,24 @@ class CurrentSpans:
         self._ended: deque[_Thread] = deque(maxlen=ENDED_THREADS)
 
     def start(self) -> None:
-        """Replaces attach and detach."""
+        """Replaces attach and detach; and get_current, where that makes up for some of it."""
         runtime: Any = context_api._RUNTIME_CONTEXT
-        self._before = {name: vars(runtime).get(name) for name in ("attach", "detach")}
-        attach, detach = runtime.attach, runtime.detach
+        self._before = {name: vars(runtime).get(name) for name in ("attach", "detach", "get_current")}
+        attach, detach, get_current = runtime.attach, runtime.detach, runtime.get_current
         if type(runtime) is ContextVarsRuntimeContext and not any(self._before.values()):
-            attach, detach = runtime._current_context.set, runtime._current_context.reset  # all that it does itself
+            current = runtime._current_context
+            attach, detach, get_current = current.set, current.reset, current.get  # all that its own do
         self._asked = _loaded(_INTERLEAVING)
-        self._ours = self._watching(attach, detach, _interleaved if self._asked else _get_running_loop)
-        runtime.attach, runtime.detach = self._ours
+        attach, detach = self._watching(attach, detach, _interleaved if self._asked else _get_running_loop)
+        self._ours = {"attach": attach, "detach": detach, "get_current": get_current}
+        for name, ours in self._ours.items():
+            setattr(runtime, name, ours)
         self._runtime = runtime
 
     def stop(self) -> bool:
         """Puts them back; False if somebody else has replaced them since: then they stay, and nobody reads the log."""
         runtime, self._runtime = self._runtime, None
-        ours = (runtime.attach, runtime.detach) == self._ours
+        ours = all(vars(runtime).get(name) is each for name, each in self._ours.items())
         if ours:
             for name, before in self._before.items():
                 if before is None:
@@ -137,12 +145,11 @@ class CurrentSpans:
 
         def attaching(context: Any) -> Any:
             token = attach(context)
-            span: SpanContext | None
             try:
                 if suppress in context:
                     span = suppressed
-                else:
-                    span = context[span_key]._context if span_key in context else None
+                elif (span := context.get(span_key)) is not None:
+                    span = span._context
                 local.log((now_ns(), id(token), interleaved() is None, span))
             except Exception:  # this thread's first, or a span of somebody's own
                 begin()((now_ns(), id(token), interleaved() is None, _span_of(context)))
@@ -152,10 +159,10 @@ class CurrentSpans:
             try:
                 detach(token)
             except BaseException:
-                begin()((now_ns(), _FORGET, True, None))
+                begin()((now_ns(),))
                 raise
             try:
-                local.log((now_ns(), id(token), interleaved() is None, _DETACHED))
+                local.log((now_ns(), id(token)))
             except AttributeError:
                 pass  # a thread that has attached nothing
 

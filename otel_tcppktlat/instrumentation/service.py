@@ -23,7 +23,6 @@ from .spans import ReceiveSpans
 
 ANSWER_S = 10.0  # for an agent that is attached and busy
 REFRESH_S = 0.5  # a collection waits so long for fresh totals, at most
-TOGETHER_S = 0.03  # late pickups that come so close are handled at once
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
 LOOK_FOR_SDK_S = 1.0
 
@@ -43,9 +42,9 @@ class Service:
         self._settings = settings
         self._current = CurrentSpans()
         tracer = trace.get_tracer(SCOPE, __version__, tracer_provider, SCHEMA_URL)
-        self._spans = ReceiveSpans(tracer, self._current, settings.attributes, settings.span_rate)
+        self._spans = ReceiveSpans(tracer, self._current, settings.attributes)
         self._books = ProcessBooks(settings.attributes)
-        self._untold: dict[str, int] = {}
+        self._suppressed_before = self._untold = 0
         self._histogram = ReceiveHistogram(meter_provider, self._books, self.refresh, self._suppressed)
         self._own_agent: OwnAgent | None = None
         self._own_agent_starts = False
@@ -88,8 +87,7 @@ class Service:
         self._own_agent_starts = False
         self._current.forked()
         self._books = self._books.anew()
-        self._untold = {}
-        self._spans.suppressed = 0
+        self._suppressed_before = self._untold = 0
         self._histogram.forked(self._books)
         stopped = self._stopping.is_set()
         self._begin()
@@ -111,7 +109,7 @@ class Service:
             self._refreshed.wait(REFRESH_S)
 
     def _suppressed(self) -> int:
-        return self._spans.suppressed + sum(self._untold.values())
+        return self._suppressed_before + self._untold
 
     def _run(self) -> None:
         pause_s = FIRST_PAUSE_S
@@ -153,7 +151,7 @@ class Service:
             addresses.append((self._own_agent.address, START_S))
         for address, answer_s in addresses:
             try:
-                return Connection(address, self._settings.from_ns, answer_s)
+                return Connection(address, self._settings.from_ns, self._settings.pause_ns, answer_s)
             except (OSError, ValueError, ProtocolError) as error:
                 reasons.append(getattr(error, "strerror", None) or str(error))
         if self._own_agent and (trouble := self._own_agent.trouble()):
@@ -187,25 +185,24 @@ class Service:
                 if totals:
                     self._take_totals(connection)
                     self._refreshed.set()
-                else:
-                    self._stopping.wait(TOGETHER_S)
         except OSError:
             self._take_late(connection)
             self._take_totals(connection)  # an agent that ends well writes them a last time
         finally:
             self._connection = None
+            self._suppressed_before, self._untold = self._suppressed(), 0
             self._refreshed.set()
             connection.close()
 
     def _take_late(self, connection: Connection) -> None:
         events, lost = connection.area.events()
-        self._spans.suppressed += lost
+        self._suppressed_before += lost
         if events:
             self._histogram.add_exemplars(self._spans.make(events))
 
     def _take_totals(self, connection: Connection) -> None:
         if read := connection.area.totals():
-            rows, self._untold[connection.agent] = read
+            rows, self._untold = read
             self._books.take(connection.agent, connection.buckets, rows)
 
 

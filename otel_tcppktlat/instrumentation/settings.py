@@ -20,6 +20,8 @@ from .environment_variables import (
     OTEL_PYTHON_TCPPKTLAT_THRESHOLD,
 )
 
+_NEVER_NS = 1 << 61
+
 _log = logging.getLogger(__name__)
 _Value = TypeVar("_Value")
 
@@ -29,10 +31,20 @@ class PluginSettings:
     """All of them."""
 
     socket: str = DEFAULT_PATH
-    from_ns: int = 1_000_000
+    threshold_ns: int = 1_000_000
     span_rate: float = 10.0
     attributes: tuple[str, ...] = DEFAULT_ATTRIBUTES
     load: bool = True
+
+    @property
+    def from_ns(self) -> int:
+        """From which wait on a pickup is to become a span."""
+        return self.threshold_ns if self.span_rate else _NEVER_NS
+
+    @property
+    def pause_ns(self) -> int:
+        """Between two of them, on average."""
+        return round(min(1e9 / self.span_rate, _NEVER_NS)) if self.span_rate else _NEVER_NS
 
 
 def _number(text: str) -> float:
@@ -40,6 +52,10 @@ def _number(text: str) -> float:
     if not 0 <= value <= 1e9 or math.isnan(value):
         raise ValueError("not a number from 0 to 1e9")
     return value
+
+
+def _milliseconds(text: str) -> int:
+    return round(_number(text) * 1e6)
 
 
 def _truth(text: str) -> bool:
@@ -62,7 +78,7 @@ def read_settings(environ: Mapping[str, str] = os.environ) -> PluginSettings:
     defaults = PluginSettings()
     return PluginSettings(
         socket=value(OTEL_PYTHON_TCPPKTLAT_SOCKET, defaults.socket, str),
-        from_ns=value(OTEL_PYTHON_TCPPKTLAT_THRESHOLD, defaults.from_ns, lambda text: round(_number(text) * 1e6)),
+        threshold_ns=value(OTEL_PYTHON_TCPPKTLAT_THRESHOLD, defaults.threshold_ns, _milliseconds),
         span_rate=value(OTEL_PYTHON_TCPPKTLAT_SPAN_RATE, defaults.span_rate, _number),
         attributes=value(OTEL_PYTHON_TCPPKTLAT_ATTRIBUTES, defaults.attributes, parse_attributes),
         load=value(OTEL_PYTHON_TCPPKTLAT_LOAD, defaults.load, _truth),

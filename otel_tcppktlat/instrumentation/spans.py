@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 import os
 import pathlib
 import time
@@ -17,8 +16,6 @@ from ..probe.probe import Series
 from ..series import ATTRIBUTES, AttributeSet
 from ..telemetry.spans import record_span
 from .current import SUPPRESSED, CurrentSpans
-
-BUDGET_S = 10.0  # that are saved up
 
 
 @dataclass(frozen=True)
@@ -53,28 +50,19 @@ def _series_of(event: Event, executable: bytes, comm: bytes) -> Series:
 
 
 class ReceiveSpans:
-    """Makes the spans: `rate` a second, as an average; what was left of the last seconds may be spent at once."""
+    """Makes the spans."""
 
-    def __init__(self, tracer: Tracer, current: CurrentSpans, attributes: Sequence[str], rate: float) -> None:
-        self._tracer, self._current, self._names, self._rate = tracer, current, attributes, rate
-        self._most = max(1.0, rate * BUDGET_S)
-        self._left, self._filled_s = self._most if rate else 0.0, time.monotonic()
+    def __init__(self, tracer: Tracer, current: CurrentSpans, attributes: Sequence[str]) -> None:
+        self._tracer, self._current, self._names = tracer, current, attributes
         self._offset_ns = monotonic_offset_ns()
         executable = os.readlink("/proc/self/exe").removesuffix(" (deleted)")
         self._executable = os.path.basename(executable).encode()[:63]
         self._comm = pathlib.Path("/proc/self/comm").read_bytes().rstrip(b"\n")
-        self.suppressed = 0
 
     def make(self, events: Sequence[Event]) -> list[MadeSpan]:
-        """Starts and ends spans for the slowest of these; returns those that are sampled."""
-        now_s = time.monotonic()
-        self._left = min(self._most, self._left + (now_s - self._filled_s) * self._rate)
-        self._filled_s = now_s
-        chosen = heapq.nlargest(int(self._left), events, key=lambda event: event.wait_ns)
-        self._left -= len(chosen)
-        self.suppressed += len(events) - len(chosen)
+        """Starts and ends a span for each; returns those that are sampled."""
         unix_offset_ns = time.time_ns() - time.monotonic_ns() + self._offset_ns
-        made = (self._make(event, unix_offset_ns) for event in sorted(chosen, key=lambda event: event.picked_ns))
+        made = (self._make(event, unix_offset_ns) for event in sorted(events, key=lambda event: event.picked_ns))
         return [each for each in made if each]
 
     def _make(self, event: Event, unix_offset_ns: int) -> MadeSpan | None:

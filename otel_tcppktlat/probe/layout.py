@@ -57,7 +57,14 @@ class Allowance(ct.Structure):
 class Served(ct.Structure):
     """struct served: a process that hears of its own pickups from a wait on; `untold`: those that were too many."""
 
-    _fields_ = [("from_ns", ct.c_uint64), ("allowance", Allowance), ("untold", ct.c_uint64)]
+    _fields_ = [
+        ("from_ns", ct.c_uint64),
+        ("pause_ns", ct.c_uint64),
+        ("due_ns", ct.c_uint64),
+        ("slowest_ns", ct.c_uint64),
+        ("halved_ns", ct.c_uint64),
+        ("untold", ct.c_uint64),
+    ]
 
 
 class Interval(ct.Structure):

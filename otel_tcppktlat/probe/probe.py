@@ -66,7 +66,6 @@ class ProbeOptions:
     max_sockets: int = 16384  # of the raw flavour; a power of two
     max_chunks: int = CHUNKS
     serve: int = 0  # processes, at most, that hear of their own pickups
-    serve_each: int = 100  # events a second that one of them gets
     serve_all: int = 5000  # events a second of all together
     only_served: bool = False  # what others read is `filtered`
 
@@ -151,7 +150,6 @@ class Probe:
             "EXEMPLARS": int(options.exemplars),
             "ROWS": int(options.rows),
             "SERVE": options.serve,
-            "SERVED_EACH": options.serve_each,
             "SERVED_ALL": options.serve_all,
             "MIN_NS": (options.min_us or 0) * 1000,
             "OWN_TGID": options.own_tgid,
@@ -363,13 +361,15 @@ class Probe:
         for key in gone:
             self._processes.delete(key)
 
-    def serve(self, tgid: int, from_ns: int) -> None:
+    def serve(self, tgid: int, from_ns: int, pause_ns: int = 0) -> None:
         """From now on this process's pickups that waited so long are events for `on_served`.
 
-        Until it ends, or execs: then the kernel forgets it. OSError if there are too many.
+        Each `pause_ns` one, as an average over ten seconds; and any that is twice as slow as the slowest told before,
+        which counts half as much with each second. Until it ends, or execs: then the kernel forgets it. OSError if
+        there are too many.
         """
         assert self._served
-        self._served.update(struct.pack("<I", tgid), bytes(Served(from_ns)))
+        self._served.update(struct.pack("<I", tgid), bytes(Served(from_ns, pause_ns)))
         self._look_up_again(tgid)
 
     def stop_serving(self, tgid: int) -> None:

@@ -20,7 +20,7 @@ from ..probe.layout import Event, Identity, SeriesKey
 from ..probe.probe import Series
 
 ROWS = 64  # series of one process; what exceeds them is one more, without a name
-SLOTS = 256  # of the ring: more than the kernel allows a process in a second
+SLOTS = 256  # of the ring: more than the kernel tells a process at once
 
 _HEADER = struct.Struct("<IIQ")  # checksum of all that follows, rows, pickups untold
 _CHECKED_FROM = 4

@@ -39,7 +39,7 @@ MOST_CLIENTS, MOST_OF_A_USER = 512, 128  # a descriptor and some 70 kB each
 GREETING_S = 5.0
 _ACCEPTED_AT_ONCE, _ACCEPT_PAUSE_S = 8, 0.02
 _REFRESH_PAUSE_S, _REFRESH_SHARE = 0.1, 0.05  # between two harvests; and the most of a CPU that they may take
-LEAST_FROM_NS = 100_000  # of a process's threshold: 0.1 ms
+LEAST_FROM_NS, LEAST_PAUSE_NS = 100_000, 50_000_000  # a process's threshold is 0.1 ms, and it hears of 20 a second
 _SO_PEERPIDFD = 77  # include/uapi/asm-generic/socket.h, Linux 6.5
 
 _log = logging.getLogger(__name__)
@@ -226,13 +226,14 @@ class Broker:
         try:
             if more or not end:
                 raise ProtocolError("a line is the first that a process says")
-            self._serve(client, max(read_greeting(line), LEAST_FROM_NS))
+            from_ns, pause_ns = read_greeting(line)
+            self._serve(client, max(from_ns, LEAST_FROM_NS), max(pause_ns, LEAST_PAUSE_NS))
         except ProtocolError as error:
             self._refuse(client, str(error))
         except OSError as error:
             self._refuse(client, f"the agent cannot serve this process: {error.strerror}")
 
-    def _serve(self, client: _Client, from_ns: int) -> None:
+    def _serve(self, client: _Client, from_ns: int, pause_ns: int) -> None:
         """Raises OSError; what has been begun then goes with _drop()."""
         if before := self._served.get(client.pid):
             self._drop(before)
@@ -240,7 +241,7 @@ class Broker:
         with self._lock:
             client.area = area
             self._served[client.pid] = client
-        self._probe.serve(client.pid, from_ns)
+        self._probe.serve(client.pid, from_ns, pause_ns)
         # From here on the kernel would end it at an exec: so it is still the program that connected, and alive.
         found = _credentials(client.pid)
         if found is None and not _ended(client.pidfd):

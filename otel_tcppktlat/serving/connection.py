@@ -29,7 +29,7 @@ def is_served(address: str) -> bool:
 class Connection:
     """Greets a broker and gets the area of this process. OSError if there is no broker, ProtocolError if it refuses."""
 
-    def __init__(self, address: str, from_ns: int, timeout_s: float) -> None:
+    def __init__(self, address: str, from_ns: int, pause_ns: int, timeout_s: float) -> None:
         """`address`: a path, or a NUL and an abstract name. Waits `timeout_s` at most for each answer."""
         self._sock = socket.socket(socket.AF_UNIX)
         self._sock.settimeout(timeout_s)
@@ -37,7 +37,7 @@ class Connection:
         try:
             self._connect(address, timeout_s)
             with contextlib.suppress(BrokenPipeError):  # it has refused already: it says why
-                self._sock.sendall(greeting(from_ns))
+                self._sock.sendall(greeting(from_ns, pause_ns))
             line = b""
             while not line.endswith(b"\n") and len(line) < MOST_ANSWER_BYTES:
                 data, fds, _, _ = socket.recv_fds(self._sock, MOST_ANSWER_BYTES, 1)

@@ -1,8 +1,9 @@
 """What a process and the broker say to each other, over a Unix stream socket.
 
-The process sends a line of JSON, {"version", "from_ns"}; the answer is one, too, {"version", "agent", "bounds_s"} with
-the descriptor of the shared area as ancillary data, or {"error"} and the end. `agent` is another one after a restart,
-bounds_s are the histogram's boundaries, null for exponential ones. From then on each side sends single bytes.
+The process sends a line of JSON, {"version", "from_ns", "pause_ns"}; the answer is one, too, {"version", "agent",
+"bounds_s"} with the descriptor of the shared area as ancillary data, or {"error"} and the end. `agent` is another one
+after a restart, bounds_s are the histogram's boundaries, null for exponential ones. From then on each side sends single
+bytes.
 """
 
 from __future__ import annotations
@@ -24,20 +25,24 @@ class ProtocolError(Exception):
     """The other side said something else; the message is one line."""
 
 
-def greeting(from_ns: int) -> bytes:
-    """What the process sends first: from which wait on it wants to hear of its pickups."""
-    return json.dumps({"version": VERSION, "from_ns": from_ns}).encode() + b"\n"
+def greeting(from_ns: int, pause_ns: int) -> bytes:
+    """What the process sends first: from which wait on it wants to hear of its pickups, and how often on average."""
+    return json.dumps({"version": VERSION, "from_ns": from_ns, "pause_ns": pause_ns}).encode() + b"\n"
 
 
-def read_greeting(line: bytes) -> int:
-    """from_ns. Raises ProtocolError."""
+def read_greeting(line: bytes) -> tuple[int, int]:
+    """from_ns and pause_ns. Raises ProtocolError."""
     said = _object(line)
     if said.get("version") != VERSION:
         raise ProtocolError(_OTHER_VERSION)
-    from_ns = said.get("from_ns")
-    if type(from_ns) is not int or not 0 <= from_ns < 1 << 63:
-        raise ProtocolError("from_ns is a number of nanoseconds")
-    return from_ns
+    return _ns(said, "from_ns"), _ns(said, "pause_ns")
+
+
+def _ns(said: dict[str, Any], name: str) -> int:
+    number = said.get(name)
+    if type(number) is not int or not 0 <= number < 1 << 62:
+        raise ProtocolError(f"{name} is a number of nanoseconds")
+    return number
 
 
 def answer(agent: str, buckets: Buckets) -> bytes:

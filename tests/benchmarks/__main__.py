@@ -51,7 +51,7 @@ PARTS: Mapping[str, Part] = {
     "series": Part(4, 0, lambda at, rounds, _s: series.run(at.kernel, rounds)),
     "sockets": Part(1, 0, lambda at, _rounds, _s: sockets.run(at.kernel)),
     "start": Part(5, 0, lambda at, rounds, _s: start.run(at.kernel, rounds)),
-    "instrumentation": Part(12, 2, lambda at, rounds, s: instrumentation.run(at.folder, at.cores, rounds, round(s))),
+    "instrumentation": Part(20, 0.5, lambda at, rounds, s: instrumentation.run(at.folder, at.cores, rounds, s)),
     "servers": Part(
         16, 1, lambda at, rounds, s: servers.run(at.kernel, at.folder, at.cores, at.servers, rounds, round(s))
     ),

@@ -85,7 +85,7 @@ def check_unprivileged(probe: Probe) -> None:
 
 def check(flavour: str) -> None:
     """Loads the programs and sends some segments."""
-    options = ProbeOptions(BOUNDS_NS, flavour=flavour, lport=PORT, rows=True, serve=16, serve_each=1000)
+    options = ProbeOptions(BOUNDS_NS, flavour=flavour, lport=PORT, rows=True, serve=16)
     probe = Probe(options, rows.append, served.append)
     loaded = probe.open()
     began = time.monotonic_ns()

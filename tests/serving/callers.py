@@ -91,8 +91,8 @@ class Caller:
 
     # What a process may be told. All of these run there.
 
-    def connect(self, from_ns: int = MS) -> None:
-        self.its["connection"] = Connection(self.address, from_ns, 20)
+    def connect(self, from_ns: int = MS, pause_ns: int = 0) -> None:
+        self.its["connection"] = Connection(self.address, from_ns, pause_ns, 20)
 
     def read(self, *waits_s: float) -> None:
         """Reads one segment after each wait, on one connection."""
@@ -171,7 +171,7 @@ class Caller:
         sock = socket.socket(socket.AF_UNIX)
         sock.connect(self.address)
         os.seteuid(0)
-        sock.sendall(greeting(MS))
+        sock.sendall(greeting(MS, 0))
         answer: dict[str, Any] = json.loads(sock.recv(4096))
         return answer
 

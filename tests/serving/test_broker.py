@@ -67,7 +67,7 @@ def test_the_descriptor_can_only_be_read(serving: Serving) -> None:
     with socket.socket(socket.AF_UNIX) as sock:
         sock.settimeout(20)
         sock.connect(str(serving[1]))
-        sock.sendall(json.dumps({"version": 1, "from_ns": MS}).encode() + b"\n")
+        sock.sendall(json.dumps({"version": 1, "from_ns": MS, "pause_ns": 0}).encode() + b"\n")
         _, (fd,), _, _ = socket.recv_fds(sock, 65536, 1)
         size = os.fstat(fd).st_size
         with pytest.raises(OSError) as caught:
@@ -95,7 +95,8 @@ def test_nobody_can_name_another_process(serving: Serving) -> None:
     """The kernel says who calls; what the greeting says of it counts for nothing."""
     with Caller(serving[1]) as victim, Caller(serving[1], SOMEBODY) as curious:
         victim.tell(Caller.read, 0.02)
-        answer = curious.tell(Caller.greet, {"version": 1, "from_ns": 0, "pid": victim.pid, "tgid": victim.pid})
+        said = {"version": 1, "from_ns": 0, "pause_ns": 0, "pid": victim.pid, "tgid": victim.pid}
+        answer = curious.tell(Caller.greet, said)
         assert "bounds_s" in answer
         victim.tell(Caller.read, 0.02)
         curious.tell(Caller.connect)
@@ -141,9 +142,10 @@ def test_a_second_connection_takes_over(serving: Serving) -> None:
         (b"[]\n", "no line of otel-tcppktlat's"),
         (b'{"version": 2, "from_ns": 1}\n', "different versions"),
         (b'{"version": 1}\n', "from_ns"),
-        (b'{"version": 1, "from_ns": true}\n', "from_ns"),
-        (b'{"version": 1, "from_ns": -1}\n', "from_ns"),
-        (b'{"version": 1, "from_ns": 1}\nr', "a line is the first"),
+        (b'{"version": 1, "from_ns": true, "pause_ns": 1}\n', "from_ns"),
+        (b'{"version": 1, "from_ns": -1, "pause_ns": 1}\n', "from_ns"),
+        (b'{"version": 1, "from_ns": 1}\n', "pause_ns"),
+        (b'{"version": 1, "from_ns": 1, "pause_ns": 1}\nr', "a line is the first"),
         (b"x" * MOST_GREETING_BYTES, "a line is the first"),
         (b"\xff\xfe\n", "no line of otel-tcppktlat's"),
         (b"[" * 200 + b"\n", "no line of otel-tcppktlat's"),
@@ -224,7 +226,7 @@ def refused(folder: pathlib.Path, path: pathlib.Path, *, prefix: tuple[str, ...]
 
 def test_a_path_that_is_taken(serving: Serving, folder: pathlib.Path) -> None:
     assert "another agent serves there" in refused(folder, serving[1])
-    Connection(str(serving[1]), MS, 20).close()  # which goes on
+    Connection(str(serving[1]), MS, 0, 20).close()  # which goes on
     (folder / "file").write_text("precious")
     assert "no socket" in refused(folder, folder / "file") and (folder / "file").read_text() == "precious"
     assert "--serve" in refused(folder, folder / ("x" * 120))
@@ -235,7 +237,7 @@ def test_what_a_killed_agent_left_is_replaced(folder: pathlib.Path) -> None:
     for _ in range(2):
         with Agent(folder, ["-v", "--serve", str(path)]) as agent:
             agent.wait_for_stderr("otel-tcppktlat: attached")
-            Connection(str(path), MS, 20).close()
+            Connection(str(path), MS, 0, 20).close()
             agent.process.kill()
         assert path.is_socket()
 

@@ -1,7 +1,12 @@
-"""Applications of three kinds, whose worker GET /on instruments, and GET /off puts back: the benchmark's."""
+"""Applications of three kinds, whose worker GET /on instruments, and GET /off puts back: the benchmark's.
+
+They count their answers in a file, ANSWERED.
+"""
 
 from __future__ import annotations
 
+import mmap
+import os
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -13,11 +18,15 @@ from otel_tcppktlat.instrumentation import TcpReceiveQueueInstrumentor
 
 Application = Callable[..., Iterable[bytes]]
 
+with open(os.environ["ANSWERED"], "r+b") as file:
+    _answered = memoryview(mmap.mmap(file.fileno(), mmap.PAGESIZE)).cast("Q")
+
 
 def switched(inner: Application) -> Application:
     """The same application, with the two more paths."""
 
     def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        _answered[0] += 1
         plugin = TcpReceiveQueueInstrumentor()
         if environ["PATH_INFO"] == "/on":
             plugin.instrument()
