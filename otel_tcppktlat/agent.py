@@ -28,7 +28,7 @@ GARBAGE_S = 30.0  # what failed exports leave behind: frames and errors that ref
 LONGEST_INTERVAL_S = 60.0  # the kernel's counts of an interval have 32 bits
 LAST_ROWS_S = 0.5
 SHUTDOWN_S = 4.0
-SERVED_TOGETHER_S = 0.005  # late pickups that come so close are told at once
+SERVED_TOGETHER_S = 0.001  # late pickups that come so close are told at once
 
 _log = logging.getLogger(__name__)
 

@@ -12,13 +12,12 @@ whatever this module did not see begin, no span counts as current.
 
 from __future__ import annotations
 
-import bisect
 import sys
 import threading
 import time
 from asyncio import _get_running_loop
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from opentelemetry import context as context_api
@@ -27,7 +26,7 @@ from opentelemetry.context.contextvars_context import ContextVarsRuntimeContext
 from opentelemetry.trace import SpanContext
 from opentelemetry.trace.propagation import _SPAN_KEY
 
-REMEMBERED = 512  # changes of a thread; late pickups are told within some ms
+REMEMBERED = 256  # changes of a thread; late pickups are told within some ms
 REMEMBERED_ENDED, ENDED_THREADS = 64, 64
 _ALWAYS_INTERLEAVING = ("gevent", "eventlet")  # they switch wherever a thread would wait
 _INTERLEAVING = ("greenlet", "trio")  # asyncio is asked in any case, and other event loops are its
@@ -39,13 +38,15 @@ class _Suppressed(SpanContext):
 
 SUPPRESSED = _Suppressed(0, 0, is_remote=False)
 
-# CLOCK_MONOTONIC in ns, and of what is attached id() of its token, whether the thread ran nothing but this, and the
-# span that is current now; of what is detached id() of its token; of what went wrong nothing: all before is forgotten.
+_INTERLEAVED, _DETACHED, _FORGOTTEN = (_Suppressed(0, 0, is_remote=False) for _ in range(3))
+
+# Each change is three of these, one after the other, as a tuple for each would cost more than all else here:
+# - when it was, CLOCK_MONOTONIC in ns;
+# - id() of its token;
+# - what is current since: a span or none, SUPPRESSED, or, of a task or a greenlet, _INTERLEAVED. _DETACHED: what was
+#   before its token was made. _FORGOTTEN: nobody knows.
 # No reference to a context, a token or a span: an application's objects live as long as it wants them to.
-_Attached = tuple[int, int, bool, "SpanContext | None"]
-_Detached = tuple[int, int]
-_Forgotten = tuple[int]
-_Change = _Attached | _Detached | _Forgotten
+_Part = int | SpanContext | None
 
 
 class _Thread:
@@ -53,36 +54,41 @@ class _Thread:
 
     def __init__(self) -> None:
         self.tid = threading.get_native_id()
-        self.changes: deque[_Change] = deque(maxlen=REMEMBERED)
+        self.changes: deque[_Part] = deque(maxlen=3 * REMEMBERED)
 
     def at(self, when_ns: int) -> tuple[bool, SpanContext | None]:
-        """(whether that is remembered, what was current for sure)."""
-        changes = list(self.changes)
-        until = bisect.bisect_right(changes, when_ns, key=lambda change: change[0])
-        return until > 0, _current_after(changes[:until])
+        """(whether that is remembered, what was current for sure): the innermost that was attached and not detached."""
+        known, detached, latest = False, set[int](), 0
+        for changed_ns, token, what in _newest_first(list(self.changes)):
+            if changed_ns > when_ns:
+                continue
+            if not known:
+                known, latest = True, token
+            if what is _FORGOTTEN:
+                break
+            if what is _DETACHED:
+                detached.add(token)
+                continue
+            if token == latest:
+                if what is _INTERLEAVED:
+                    break  # the thread runs tasks or greenlets
+                latest = 0
+            if token in detached:
+                detached.remove(token)
+            elif what is not _INTERLEAVED:  # a task's, of before: what is below stays
+                return True, what if not detached else None  # else something around it has been left already
+        return known, None
 
 
-def _current_after(changes: list[_Change]) -> SpanContext | None:
-    """The innermost of those that were attached, and have not been detached."""
-    detached: set[int] = set()
-    latest = changes[-1][1] if changes and len(changes[-1]) > 1 else None
-    for change in reversed(changes):
-        if len(change) == 1:
-            break
-        token = change[1]
-        if len(change) == 2:
-            detached.add(token)
-            continue
-        _, _, alone, span = change
-        if token == latest:
-            if not alone:
-                break  # the thread runs tasks or greenlets
-            latest = None
-        if token in detached:
-            detached.remove(token)
-        elif alone:  # else a task's or a greenlet's: what is below stays
-            return span if not detached else None  # something around it has been left already
-    return None
+def _newest_first(parts: list[_Part]) -> Iterator[tuple[int, int, SpanContext | None]]:
+    """The changes; not that which the thread is just about to add, and no further than they are whole."""
+    while parts and isinstance(parts[-1], int):
+        parts.pop()
+    while len(parts) >= 3:
+        what, token, changed_ns = parts.pop(), parts.pop(), parts.pop()
+        if isinstance(what, int) or not isinstance(token, int) or not isinstance(changed_ns, int):
+            return  # a signal's handler came in between
+        yield changed_ns, token, what
 
 
 class _End:
@@ -141,47 +147,60 @@ class CurrentSpans:
         """`interleaved`: returns None if the thread runs nothing but this."""
         # What runs at each change of context: as little as can be, and what it raises is nobody's.
         local, now_ns, begin = self._local, time.monotonic_ns, self._begin
-        span_key, suppress, suppressed = _SPAN_KEY, context_api._SUPPRESS_INSTRUMENTATION_KEY, SUPPRESSED
+        span_key, suppress = _SPAN_KEY, context_api._SUPPRESS_INSTRUMENTATION_KEY
 
         def attaching(context: Any) -> Any:
             token = attach(context)
+            what: SpanContext | None
             try:
-                if suppress in context:
-                    span = suppressed
-                elif (span := context.get(span_key)) is not None:
-                    span = span._context
-                local.log((now_ns(), id(token), interleaved() is None, span))
+                if interleaved() is not None:
+                    what = _INTERLEAVED
+                elif suppress in context:
+                    what = SUPPRESSED
+                else:
+                    what = None if (span := context.get(span_key)) is None else span._context
+                log = local.log
             except Exception:  # this thread's first, or a span of somebody's own
-                begin()((now_ns(), id(token), interleaved() is None, _span_of(context)))
+                what = _INTERLEAVED if interleaved() is not None else _span_of(context)
+                log = begin()
+            log(now_ns())
+            log(id(token))
+            log(what)
             return token
 
         def detaching(token: Any) -> None:
             try:
                 detach(token)
             except BaseException:
-                begin()((now_ns(),))
+                log = begin()
+                log(now_ns())
+                log(0)
+                log(_FORGOTTEN)
                 raise
             try:
-                local.log((now_ns(), id(token)))
+                log = local.log
             except AttributeError:
-                pass  # a thread that has attached nothing
+                return  # a thread that has attached nothing
+            log(now_ns())
+            log(id(token))
+            log(_DETACHED)
 
         return attaching, detaching
 
-    def _begin(self) -> Callable[[_Change], None]:
+    def _begin(self) -> Callable[[_Part], None]:
         """The calling thread's log: how to add to it."""
         if not hasattr(self._local, "log"):
             thread = _Thread()
             self._local.thread, self._local.log = thread, thread.changes.append
             self._local.end = _End(self._thread_ended, thread)
             self._threads[thread.tid] = thread
-        log: Callable[[_Change], None] = self._local.log
+        log: Callable[[_Part], None] = self._local.log
         return log
 
     def _thread_ended(self, thread: _Thread) -> None:
         if self._threads.get(thread.tid) is thread:
             del self._threads[thread.tid]
-            thread.changes = deque(thread.changes, REMEMBERED_ENDED)
+            thread.changes = deque(thread.changes, 3 * REMEMBERED_ENDED)
             self._ended.append(thread)
 
     def forked(self) -> None:

@@ -14,7 +14,7 @@ from opentelemetry.instrumentation.utils import suppress_instrumentation
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.trace import NonRecordingSpan, Span, SpanContext, TraceFlags
 
-from otel_tcppktlat.instrumentation.current import REMEMBERED, SUPPRESSED, CurrentSpans
+from otel_tcppktlat.instrumentation.current import REMEMBERED, SUPPRESSED, CurrentSpans, _newest_first
 
 Times = dict[str, int]
 
@@ -252,3 +252,12 @@ def test_nothing_is_left_behind() -> None:
     finally:
         vars(context._RUNTIME_CONTEXT).clear()
         vars(context._RUNTIME_CONTEXT).update(before)
+
+
+def test_a_log_that_is_just_being_written() -> None:
+    """The change that a thread is about to add is no change yet; what a signal's handler has torn is not believed."""
+    one, other = remote(1).get_span_context(), remote(2).get_span_context()
+    assert [*_newest_first([10, 1, one, 20, 2, other])] == [(20, 2, other), (10, 1, one)]
+    assert [*_newest_first([10, 1, one, 20, 2])] == [*_newest_first([10, 1, one, 20])] == [(10, 1, one)]
+    assert [*_newest_first([10, 1, one, 20, 30, 3, other, 2, None, 40, 4, None])] == [(40, 4, None)]
+    assert [*_newest_first([one, 20, 2, other])] == [(20, 2, other)]  # the oldest has lost a part
