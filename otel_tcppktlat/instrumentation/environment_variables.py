@@ -7,7 +7,7 @@ OTEL_PYTHON_TCPPKTLAT_THRESHOLD = "OTEL_PYTHON_TCPPKTLAT_THRESHOLD"
 """Milliseconds: a shorter wait makes no span. Default: 1, at least 0.1"""
 
 OTEL_PYTHON_TCPPKTLAT_SPAN_RATE = "OTEL_PYTHON_TCPPKTLAT_SPAN_RATE"
-"""Spans a second, as an average over ten, and what is twice as slow as the slowest of late. Default: 10, at most 20"""
+"""Spans a second, as an average over ten, and what is twice as slow as the slowest of late. Default: 5, at most 20"""
 
 OTEL_PYTHON_TCPPKTLAT_ATTRIBUTES = "OTEL_PYTHON_TCPPKTLAT_ATTRIBUTES"
 """The metric's attributes, as the agent's --attributes. Default: the agent's default"""

@@ -32,7 +32,7 @@ class PluginSettings:
 
     socket: str = DEFAULT_PATH
     threshold_ns: int = 1_000_000
-    span_rate: float = 10.0
+    span_rate: float = 5.0
     attributes: tuple[str, ...] = DEFAULT_ATTRIBUTES
     load: bool = True
 
