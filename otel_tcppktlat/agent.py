@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import pwd
@@ -24,7 +23,7 @@ from .table import Table
 
 TABLE_POLL_S = 0.1
 POLL_S = 1.0
-GARBAGE_S = 30.0  # what failed exports leave behind: frames and errors that refer to each other
+TIDY_S = 10.0
 LONGEST_INTERVAL_S = 60.0  # the kernel's counts of an interval have 32 bits
 LAST_ROWS_S = 0.5
 SHUTDOWN_S = 4.0
@@ -144,9 +143,9 @@ def run(settings: Settings) -> None:
             if now_s - swept_s >= POLL_S and (probe.gone() or now_s - swept_s >= LONGEST_INTERVAL_S):
                 swept_s = now_s
                 harvest()
-            if now_s - tidied_s >= GARBAGE_S:
+            if now_s - tidied_s >= TIDY_S:
                 tidied_s = now_s
-                gc.collect()
+                memory.tidy()
         probe.poll()
         if table:
             table.flush(LAST_ROWS_S)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import ctypes
 import gc
 
-_M_ARENA_MAX = -8  # <malloc.h> of glibc
+_M_ARENA_MAX = -8  # <malloc.h> of glibc; another C library has no mallopt() and malloc_trim(), or no need for them
 
 
 def one_heap() -> None:
     """Has all threads share malloc's first arena; call it before there are others.
 
     Otherwise glibc gives threads arenas of their own, up to eight a CPU. gRPC's and the exporters' come and go, and
-    each arena keeps the most that any of them has needed. Another C library has no such function, or no need for it.
+    each arena keeps the most that any of them has needed.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
@@ -20,6 +20,14 @@ def one_heap() -> None:
 
 
 def settle() -> None:
-    """What is there now is there to stay: from here on gc.collect() looks at what came later, in less than 1 ms."""
+    """What is there now is there to stay: from here on tidy() looks at what came later, in a few ms."""
     gc.collect()
     gc.freeze()
+
+
+def tidy() -> None:
+    """Gives back what exports have left: garbage, and free memory between what is in use."""
+    gc.collect()
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)

@@ -64,18 +64,25 @@ class SeriesTotals:
     buckets: int
     limit: int = DEFAULT_LIMIT
     totals: dict[AttributeSet, Totals] = field(default_factory=dict)
+    _sets: dict[AttributeSet, AttributeSet] = field(default_factory=dict)
+    _pairs: dict[tuple[str, AttributeValue], tuple[str, AttributeValue]] = field(default_factory=dict)
 
     def set_of(self, series: Series | None) -> AttributeSet:
         """The attributes under which a series is counted; None is the kernel's overflow series."""
         if series is None:
             return OVERFLOW
         wanted = tuple((name, ATTRIBUTES[name](series)) for name in self.attributes)
-        if wanted in self.totals or len(self.totals) - (OVERFLOW in self.totals) < self.limit:
-            return wanted
-        return OVERFLOW
+        if known := self._sets.get(wanted):
+            return known  # and not an equal one: thousands would add up
+        return wanted if len(self._sets) < self.limit else OVERFLOW
 
     def add(self, delta: Delta) -> None:
         """Adds what an interval brought to a series."""
         attributes = self.set_of(delta.series)
-        known = self.totals.get(attributes) or Totals((0,) * self.buckets)
+        known = self.totals.get(attributes)
+        if known is None:
+            known = Totals((0,) * self.buckets)
+            attributes = tuple(self._pairs.setdefault(pair, pair) for pair in attributes)
+            if attributes != OVERFLOW:
+                self._sets[attributes] = attributes
         self.totals[attributes] = known.plus(delta)
