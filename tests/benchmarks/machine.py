@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 _TICKS = os.sysconf("SC_CLK_TCK")
+_AUTOGROUP = pathlib.Path("/proc/self/autogroup")
 _IDLE, _IOWAIT = 3, 4  # of a line of /proc/stat
 
 
@@ -43,13 +44,21 @@ class Cores:
 
 @contextmanager
 def ahead_of_others() -> Iterator[None]:
-    """This thread and all that it starts come before what else the machine does, and share it as ever."""
+    """This thread and all that it starts come before what else the machine does, and share it as ever.
+
+    The session too: with autogroups, a nice value counts within a session only (sched(7)).
+    """
     before = os.getpriority(os.PRIO_PROCESS, 0)
-    os.setpriority(os.PRIO_PROCESS, 0, -20)
+    autogroup_before = _AUTOGROUP.read_text().split()[-1] if _AUTOGROUP.exists() else ""
     try:
+        os.setpriority(os.PRIO_PROCESS, 0, -20)
+        if autogroup_before:
+            _AUTOGROUP.write_text("-20")
         yield
     finally:
         os.setpriority(os.PRIO_PROCESS, 0, before)
+        if autogroup_before:
+            _AUTOGROUP.write_text(autogroup_before)
 
 
 @contextmanager
