@@ -11,15 +11,18 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from . import landlock, memory, privileges
 from .probe.launch import Loaded
 from .probe.layout import Event
 from .probe.probe import Probe, ProbeOptions
-from .serving.broker import MOST_CLIENTS, Broker
-from .serving.listening import check_pid_namespace, listen
+from .serving import MOST_CLIENTS
 from .settings import Settings, SettingsError, spans_exported
 from .table import Table
+
+if TYPE_CHECKING:
+    from .serving.broker import Broker
 
 TABLE_POLL_S = 0.1
 POLL_S = 1.0
@@ -158,13 +161,16 @@ def run(settings: Settings) -> None:
 
 def _broker(settings: Settings) -> Broker | None:
     """Listens, while the agent may. It may not remove the socket when it ends: whoever serves next does."""
+    if not settings.serves:
+        return None
+    from .serving.broker import Broker  # most agents do without
+    from .serving.listening import check_pid_namespace, listen
+
+    check_pid_namespace()
     if settings.serve_application:
-        check_pid_namespace()
         return Broker(socket.socket(fileno=settings.serve_application[0]), settings.buckets)
-    if settings.serve:
-        check_pid_namespace()
-        return Broker(listen(settings.serve), settings.buckets)
-    return None
+    assert settings.serve
+    return Broker(listen(settings.serve), settings.buckets)
 
 
 def _table(settings: Settings) -> Table:

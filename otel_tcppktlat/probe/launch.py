@@ -11,7 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -67,8 +66,8 @@ class Loader:
                 f"there is no Python to run the loader with: install {DISTRIBUTION_PYTHON} and python3-bpfcc"
             )
         self._channel, theirs = socket.socketpair()
-        # A file, not a pipe: a verifier's log is larger than a pipe that nobody reads yet.
-        self._stderr = tempfile.TemporaryFile()
+        # Memory, not a pipe: a verifier's log is larger than a pipe that nobody reads yet.
+        self._stderr = open(os.memfd_create("loader's stderr"), "w+b")
         with theirs:
             self._child = subprocess.Popen(
                 [usable[0], "-I", "-c", START, str(_PACKAGE_PARENT), str(theirs.fileno()), *usable[1:]],

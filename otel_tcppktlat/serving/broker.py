@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from ..buckets import Buckets
 from ..probe.layout import Event, ProcessKey
 from ..probe.probe import Harvest, Probe
+from . import MOST_CLIENTS
 from .area import AreaWriter
 from .protocol import (
     LATE,
@@ -35,7 +36,7 @@ from .protocol import (
 )
 from .totals import ProcessTotals
 
-MOST_CLIENTS, MOST_OF_A_USER = 512, 128  # a descriptor and some 70 kB each
+MOST_OF_A_USER = 128
 GREETING_S = 5.0
 _ACCEPTED_AT_ONCE, _ACCEPT_PAUSE_S = 8, 0.02
 _REFRESH_PAUSE_S, _REFRESH_SHARE = 0.1, 0.05  # between two harvests; and the most of a CPU that they may take

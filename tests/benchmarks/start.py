@@ -24,7 +24,7 @@ from .report import BenchmarkError, Goal, Report
 from .subjects import FLAVOURS, REPOSITORY, START_LIMIT_S, start_agent, stop, wait_until_attached, wait_until_quiet
 
 PHASES = ("import", "compile", "load")  # of the loader
-RATIO_LIMIT = 1.25
+RATIO_LIMIT = 1.2
 Seconds = dict[str, float]
 _POLL_S = 0.002
 _PHASE = re.compile(r"(\w+) ([0-9.]+) s")
