@@ -7,6 +7,7 @@ import threading
 from typing import Any
 
 import grpc
+import grpc._channel  # the first channel would import it, when the agent may be unable to
 from google.protobuf.message import DecodeError
 from google.rpc.error_details_pb2 import RetryInfo
 from google.rpc.status_pb2 import Status
