@@ -21,6 +21,7 @@ from otel_tcppktlat.probe.layout import Event
 from otel_tcppktlat.probe.libbpf import Libbpf
 from otel_tcppktlat.probe.probe import RING_BYTES
 from support.agent import Agent, loader_of
+from support.kernels import flavours
 from support.objects import held
 from telemetry import told
 from telemetry.told import Listener, deliver
@@ -62,7 +63,7 @@ def pinned() -> set[str]:
     return {str(path) for path in pathlib.Path("/sys/fs/bpf").rglob("*")}
 
 
-@pytest.mark.parametrize("flavour", ["typed", "raw"])
+@pytest.mark.parametrize("flavour", flavours())
 def test_sigkill_leaves_nothing(flavour: str, tmp_path: pathlib.Path, empty: dict[str, str]) -> None:
     """No program, no map, no file; while it ran it had no file to write to but its outputs."""
     pins = pinned()
