@@ -21,10 +21,12 @@ Times = dict[str, int]
 
 @pytest.fixture
 def spans() -> Iterator[CurrentSpans]:
+    token = context.attach(context.Context())  # what a test leaves attached is not the next one's
     it = CurrentSpans()
     it.start()
     yield it
     it.stop()
+    context.detach(token)
 
 
 @pytest.fixture(scope="module")

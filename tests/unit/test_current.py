@@ -26,10 +26,12 @@ TRACER = TracerProvider(shutdown_on_exit=False).get_tracer("test")
 @pytest.fixture
 def current(monkeypatch: pytest.MonkeyPatch) -> Iterator[CurrentSpans]:
     monkeypatch.setattr(module, "_ALWAYS_INTERLEAVING", ())  # whatever other tests of this process import
+    token = context.attach(context.Context())  # what a test leaves attached is not the next one's
     watching = CurrentSpans()
     watching.start()
     yield watching
     watching.stop()
+    context.detach(token)
 
 
 class Moments:
