@@ -15,10 +15,10 @@ import trio
 from opentelemetry import context, trace
 from opentelemetry.instrumentation.utils import suppress_instrumentation
 from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.trace import SpanContext
+from opentelemetry.trace import NonRecordingSpan, Span, SpanContext, TraceFlags
 
 from otel_tcppktlat.instrumentation import current as module
-from otel_tcppktlat.instrumentation.current import REMEMBERED, SUPPRESSED, CurrentSpans
+from otel_tcppktlat.instrumentation.current import REMEMBERED, SUPPRESSED, CurrentSpans, _newest_first
 
 TRACER = TracerProvider(shutdown_on_exit=False).get_tracer("test")
 
@@ -49,6 +49,11 @@ class Moments:
 
     def said(self) -> list[SpanContext | None]:
         return [span if span.is_valid else None for _, span in self.all]
+
+
+def remote(number: int) -> Span:
+    """Somebody else's span."""
+    return NonRecordingSpan(SpanContext(number, number, is_remote=True, trace_flags=TraceFlags(1)))
 
 
 def in_thread(function: Callable[[], object]) -> None:
@@ -324,3 +329,69 @@ def test_what_a_span_of_somebodys_own_raises_is_nobodys(current: CurrentSpans) -
     assert isinstance(trace.get_current_span(), Broken)
     context.detach(token)
     assert current.at(threading.get_native_id(), time.monotonic_ns()) is None
+
+
+def test_spans_that_were_not_begun_here(current: CurrentSpans) -> None:
+    """A remote parent, one that another thread began, and one that is open: it is who is current that counts."""
+    moments, begun = Moments(), list[Span]()
+    in_thread(lambda: begun.append(TRACER.start_span("elsewhere")))
+    with trace.use_span(remote(7)):
+        moments.now()
+        with trace.use_span(begun[0]):
+            opened = TRACER.start_span("open")
+            moments.now()
+            with trace.use_span(opened, end_on_exit=False):
+                moments.now()
+            moments.now()
+            opened.end()
+    assert moments.found(current) == moments.said() and all(moments.found(current))
+
+
+def test_spans_that_are_none(current: CurrentSpans) -> None:
+    """An invalid one is none, and one of another make is asked as the API has it."""
+
+    class Own(NonRecordingSpan):
+        def __init__(self) -> None:
+            self.mine = SpanContext(5, 5, is_remote=False)
+
+        def get_span_context(self) -> SpanContext:
+            return self.mine
+
+    moments = Moments()
+    for span in (trace.INVALID_SPAN, Own()):
+        with trace.use_span(span):
+            moments.now()
+    assert moments.found(current) == moments.said() == [None, SpanContext(5, 5, is_remote=False)]
+
+
+def test_an_applications_objects_are_not_kept(current: CurrentSpans) -> None:
+    gone: list[str] = []
+
+    class Own(NonRecordingSpan):
+        def __del__(self) -> None:
+            gone.append("gone")
+
+    context.detach(context.attach(trace.set_span_in_context(Own(SpanContext(5, 5, is_remote=False)))))
+    assert gone == ["gone"]
+
+
+def test_an_outer_span_is_known_for_so_many_changes_within_it(current: CurrentSpans) -> None:
+    moments = Moments()
+    with TRACER.start_as_current_span("outer") as outer:
+        moments.now()
+        for _ in range((REMEMBERED - 2) // 2):
+            context.detach(context.attach(trace.set_span_in_context(remote(1))))
+        moments.now()
+        assert moments.found(current) == [outer.get_span_context()] * 2
+        context.detach(context.attach(trace.set_span_in_context(remote(1))))
+        assert moments.found(current) == [None, None]
+        assert current.at(threading.get_native_id(), time.monotonic_ns()) is None
+
+
+def test_a_log_that_is_just_being_written() -> None:
+    """The change that a thread is about to add is no change yet; what a signal's handler has torn is not believed."""
+    one, other = remote(1).get_span_context(), remote(2).get_span_context()
+    assert [*_newest_first([10, 1, one, 20, 2, other])] == [(20, 2, other), (10, 1, one)]
+    assert [*_newest_first([10, 1, one, 20, 2])] == [*_newest_first([10, 1, one, 20])] == [(10, 1, one)]
+    assert [*_newest_first([10, 1, one, 20, 30, 3, other, 2, None, 40, 4, None])] == [(40, 4, None)]
+    assert [*_newest_first([one, 20, 2, other])] == [(20, 2, other)]  # the oldest has lost a part
