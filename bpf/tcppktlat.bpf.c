@@ -127,7 +127,7 @@ int renew(u64 *ctx) {
   return 0;
 }
 
-/* tcp_rcv_space_adjust: the reader that is known, and one whole segment, on a socket with nothing else in its ring.
+/* tcp_rcv_space_adjust: the reader that is known, and one whole segment, on a socket with nothing but whole segments in its ring.
  *
  * All that does not need the time comes before the clock: reading it waits for the loads that are under way. */
 int adjust(u64 *ctx) {

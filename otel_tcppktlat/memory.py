@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 
+_libc = ctypes.CDLL(None)
 _M_ARENA_MAX = -8  # <malloc.h> of glibc; another C library has no mallopt() and malloc_trim(), or no need for them
 
 
@@ -14,9 +15,8 @@ def one_heap() -> None:
     Otherwise glibc gives threads arenas of their own, up to eight a CPU. gRPC's and the exporters' come and go, and
     each arena keeps the most that any of them has needed.
     """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(_M_ARENA_MAX, 1)
+    if hasattr(_libc, "mallopt"):
+        _libc.mallopt(_M_ARENA_MAX, 1)
 
 
 def settle() -> None:
@@ -28,6 +28,5 @@ def settle() -> None:
 def tidy() -> None:
     """Gives back what exports have left: garbage, and free memory between what is in use."""
     gc.collect()
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)
+    if hasattr(_libc, "malloc_trim"):
+        _libc.malloc_trim(0)
