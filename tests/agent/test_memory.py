@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import pathlib
 
 import pytest
 
 from otel_tcppktlat.probe.libbpf import Libbpf
 from support.agent import Agent
+from support.kernels import kernel_version
 from support.objects import kernel_bytes
 
 MB = 1e6
@@ -22,7 +22,7 @@ def formula_bytes(series: int, buckets: int, cpus: int, raw: bool = False) -> fl
 
 def precision() -> float:
     """Before Linux 6.4 what the kernel says is its own estimate."""
-    return 0.01 if tuple(map(int, os.uname().release.split(".")[:2])) >= (6, 4) else 0.1
+    return 0.01 if kernel_version() >= (6, 4) else 0.1
 
 
 @pytest.mark.parametrize(

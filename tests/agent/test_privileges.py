@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pathlib
 import re
@@ -48,15 +47,6 @@ def running(
             yield agent, receiver
 
 
-def of_threads(agent: Agent, name: str) -> list[str]:
-    """A file of /proc of each thread, but for those that end meanwhile: gRPC's do."""
-    found = []
-    for thread in pathlib.Path(f"/proc/{agent.pid}/task").iterdir():
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            found.append((thread / name).read_text())
-    return found
-
-
 def test_it_is_nobody_without_capabilities(running: tuple[Agent, Receiver]) -> None:
     status = running[0].status()
     assert set(status["Uid"].split()) == set(status["Gid"].split()) == {"65534"}
@@ -64,7 +54,7 @@ def test_it_is_nobody_without_capabilities(running: tuple[Agent, Receiver]) -> N
     kept = 1 << CAP_BPF if kernel_version() < (5, 19) else 0
     assert [int(status[name], 16) for name in ("CapInh", "CapPrm", "CapEff", "CapAmb")] == [0, kept, kept, 0]
     assert status["NoNewPrivs"] == "1"
-    for thread in of_threads(running[0], "status"):
+    for thread in running[0].of_threads("status"):
         (permitted,) = re.findall(r"CapPrm:\t([0-9a-f]+)", thread)
         assert int(permitted, 16) in (0, kept)
 
@@ -74,7 +64,7 @@ def test_no_llvm_and_no_child(running: tuple[Agent, Receiver]) -> None:
     mapped = pathlib.Path(f"/proc/{agent.pid}/maps").read_text()
     assert "libbpf" in mapped
     assert "LLVM" not in mapped and "libbcc" not in mapped and "clang" not in mapped
-    assert [children for children in of_threads(agent, "children") if children] == []
+    assert [children for children in agent.of_threads("children") if children] == []
 
 
 def test_one_heap(running: tuple[Agent, Receiver]) -> None:

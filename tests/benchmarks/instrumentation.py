@@ -9,7 +9,6 @@ import re
 import shutil
 import statistics
 import subprocess
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ import requests
 
 from instrumentation.programs import Gunicorn, environment
 from otel_tcppktlat.demo.receiver import Receiver
-from support.agent import Agent
+from support.agent import serving_agent
 
 from .machine import Cores, ahead_of_others, cpu_s
 from .report import BenchmarkError, Goal, Report
@@ -126,8 +125,8 @@ def run(folder: pathlib.Path, cores: Cores, rounds: int, seconds: float) -> Repo
         if not shutil.which(tool):
             raise BenchmarkError(f"{tool} is missing: install it (make bench-tools)")
     all_found: dict[str, dict[str, list[Sample]]] = {}
-    with tempfile.TemporaryDirectory(prefix="tcppktlat-") as name, cores.kept_apart(), Receiver() as receiver:
-        path = pathlib.Path(name) / "agent.sock"
+    counting = _counter(folder / "answered")
+    with cores.kept_apart(), Receiver() as receiver, serving_agent() as (_, path), counting as counter:
         variables = environment(
             path,
             receiver.http_endpoint,
@@ -136,19 +135,17 @@ def run(folder: pathlib.Path, cores: Cores, rounds: int, seconds: float) -> Repo
             OTEL_PYTHON_DISABLED_INSTRUMENTATIONS="tcppktlat",
             ANSWERED=str(folder / "answered"),
         )
-        with Agent(pathlib.Path(name), ["-v", "--serve", str(path)]) as agent, _counter(folder / "answered") as counter:
-            agent.wait_for_stderr("otel-tcppktlat: attached")
-            for (title, application), (worker, options) in itertools.product(APPLICATIONS.items(), WORKERS.items()):
-                its, pinned = folder / f"{application}-{worker}", ("taskset", "-c", str(cores.measured))
-                its.mkdir()
-                with (
-                    ahead_of_others(),
-                    Gunicorn(its, f"switched:{application}", worker, variables, *options, prefix=pinned) as gunicorn,
-                ):
-                    gunicorn.wait_until_ready()
-                    with Driven(gunicorn, counter) as driven:
-                        driven.measure(PATHS[WITH], 1.0)  # warm
-                        all_found[f"{title}, {worker}"] = _rounds(driven, rounds, seconds)
+        for (title, application), (worker, options) in itertools.product(APPLICATIONS.items(), WORKERS.items()):
+            its, pinned = folder / f"{application}-{worker}", ("taskset", "-c", str(cores.measured))
+            its.mkdir()
+            with (
+                ahead_of_others(),
+                Gunicorn(its, f"switched:{application}", worker, variables, *options, prefix=pinned) as gunicorn,
+            ):
+                gunicorn.wait_until_ready()
+                with Driven(gunicorn, counter) as driven:
+                    driven.measure(PATHS[WITH], 1.0)  # warm
+                    all_found[f"{title}, {worker}"] = _rounds(driven, rounds, seconds)
     return _report(all_found, rounds, seconds)
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import ctypes as ct
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from otel_tcppktlat.probe.libbpf import Libbpf
@@ -13,7 +12,6 @@ from support.objects import held
 
 RECEIVE_HOOKS = ("tcp_probe", "tcp_rcv_space_adjust")
 _LINK_RAW_TRACEPOINT = 1
-_STATS_RUN_TIME = 0
 
 
 class _LinkInfo(ct.Structure):
@@ -96,21 +94,10 @@ class Kernel:
         return self._alone and any(link.link_id not in known for link in self.links())
 
     def run_time(self, program_id: int) -> RunTime:
-        """What a program has run while `counting`."""
+        """What a program has run under counting_run_time()."""
         fd = self._open_program(program_id)
         try:
             ns, runs, _ = self._libbpf.program_statistics(fd)
         finally:
             os.close(fd)
         return RunTime(ns, runs)
-
-    @contextmanager
-    def counting(self) -> Iterator[None]:
-        """kernel.bpf_stats_enabled, for as long as this lasts, even if this process is killed."""
-        fd = self._lib.bpf_enable_stats(_STATS_RUN_TIME)
-        if fd < 0:
-            raise OSError(-fd, f"bpf_stats: {os.strerror(-fd)}")
-        try:
-            yield
-        finally:
-            os.close(fd)

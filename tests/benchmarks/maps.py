@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import pathlib
 import statistics
 import threading
 from collections import defaultdict
-from collections.abc import Iterator
 
-from support.objects import kernel_bytes
+from support.objects import counting_run_time, kernel_bytes
 
 from .kernel import Kernel
 from .machine import Cores
 from .pingpong import PingPong
 from .report import Report
-from .subjects import Subject, detached, start_holder, stop, wait_until_quiet
+from .subjects import Subject, detached, start_holder, wait_until_quiet
 
 HOOK = "tcp_rcv_space_adjust"
 SERIES = 10_240
@@ -30,22 +28,9 @@ KINDS = {
 }
 
 
-@contextlib.contextmanager
-def _loaded(kernel: Kernel) -> Iterator[dict[str, Subject]]:
-    subjects: dict[str, Subject] = {}
-    try:
-        for name, programs in KINDS.items():
-            subjects[name] = Subject(name, "typed", start_holder(programs, "typed"))
-        yield {name: detached(subject, kernel) for name, subject in subjects.items()}
-    finally:
-        for subject in subjects.values():
-            if subject.process:
-                stop(subject.process)
-
-
 def _hook_ns(subject: Subject, kernel: Kernel, pingpongs: list[PingPong], seconds: float) -> float:
     """Of a run of the hook, while all of these play."""
-    with subject.tracing(kernel) as links, kernel.counting():
+    with subject.tracing(kernel) as links, counting_run_time():
         (program,) = {link.program_id for link in links if link.tracepoint == HOOK}
         before = kernel.run_time(program)
         threads = [threading.Thread(target=each.round_trips, args=(seconds,)) for each in pingpongs]
@@ -64,13 +49,12 @@ def run(kernel: Kernel, folder: pathlib.Path, cores: Cores, rounds: int, seconds
     two = PingPong(other, cores, cores.other)
     found: dict[str, list[tuple[float, float]]] = defaultdict(list)
     wait_until_quiet(kernel)
-    with _loaded(kernel) as subjects:
-        memory_mb = {
-            name: kernel_bytes(subject.process.pid) / 1e6 for name, subject in subjects.items() if subject.process
-        }
+    started = (Subject(name, "typed", start_holder(programs, "typed")) for name, programs in KINDS.items())
+    with detached(started, kernel) as subjects:
+        memory_mb = {each.kind: kernel_bytes(each.process.pid) / 1e6 for each in subjects if each.process}
         for number in range(rounds):
-            for name, subject in list(subjects.items())[:: -1 if number % 2 else 1]:
-                found[name].append(
+            for subject in reversed(subjects) if number % 2 else subjects:
+                found[subject.kind].append(
                     (
                         _hook_ns(subject, kernel, [one], seconds),
                         _hook_ns(subject, kernel, [one, two], seconds),

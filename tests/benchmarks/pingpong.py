@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from otel_tcppktlat.demo.receiver import Receiver
+from support.objects import counting_run_time
 
 from .kernel import RECEIVE_HOOKS, Kernel, Link
 from .machine import Cores
@@ -114,7 +115,7 @@ def _sample(pingpong: PingPong, kernel: Kernel, links: Sequence[Link], seconds: 
     for _ in range(ATTEMPTS):
         began_s, busy_s = time.monotonic(), pingpong.cores.busy_s()
         round_trips = pingpong.round_trips(seconds)
-        with kernel.counting():
+        with counting_run_time():
             before = [kernel.run_time(link.program_id) for link in links]
             pingpong.round_trips(seconds)
             after = [kernel.run_time(link.program_id) for link in links]

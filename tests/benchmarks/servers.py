@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 
 from otel_tcppktlat.demo.receiver import Receiver
 from otel_tcppktlat.settings import DEFAULT_SPAN_RATE
+from support.objects import counting_run_time
 
 from .kernel import RECEIVE_HOOKS, Kernel, Link
 from .machine import Cores, ahead_of_others, cpu_s
@@ -144,7 +145,7 @@ def _undisturbed(workload: Workload, subject: Subject, kernel: Kernel, seconds: 
 
 def _slice(workload: Workload, links: Sequence[Link], kernel: Kernel, seconds: int, pid: int, counting: bool) -> Slice:
     if counting:
-        with kernel.counting():
+        with counting_run_time():
             before = [kernel.run_time(link.program_id) for link in links]
             outcome = workload.drive(seconds)
             after = [kernel.run_time(link.program_id) for link in links]
@@ -246,7 +247,6 @@ def run(kernel: Kernel, folder: pathlib.Path, cores: Cores, names: Sequence[str]
     peer = peer_runs()
     if not peer:
         print("tcppktlat could not be downloaded: its columns are missing", file=sys.stderr)
-    folder.chmod(0o755)  # servers run as other users
     workloads: dict[str, Workload] = {}
     for name in names or WORKLOADS:
         (folder / name).mkdir()

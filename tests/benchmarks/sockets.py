@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from otel_tcppktlat.demo.receiver import Receiver
 from support.memory import resident_bytes
 from support.objects import kernel_bytes
+from telemetry import told
 
 from .crowd import Crowd, crowd
 from .kernel import Kernel
@@ -21,11 +22,6 @@ from .subjects import Process, start_agent, stop, wait_until_attached, wait_unti
 SIZES = (("typed", 100), ("typed", 10_000), ("typed", 100_000), ("raw", 100_000))
 RAW_LIMIT = 16_384
 INTERVAL_S = 5.0
-DURATION, QUEUED, SETTLED = (
-    "tcppktlat.receive_queue.duration",
-    "tcppktlat.segments.queued",
-    "tcppktlat.segments.settled",
-)
 
 
 @dataclass(frozen=True)
@@ -36,9 +32,9 @@ class Usage:
     rss_mb: float
     maps_mb: float
     storage_mb: float
-    waiting: float
+    waiting: int
     observed: int
-    untracked: float
+    untracked: int
 
 
 def _slab_bytes() -> int:
@@ -51,34 +47,27 @@ def _exported(receiver: Receiver) -> None:
     """Waits until an interval that begins from now on has been exported."""
     now_ns = time.time_ns()
     receiver.wait_for(
-        lambda seen: len({point.time_unix_ns for point in seen.points(QUEUED) if point.time_unix_ns > now_ns}) > 1,
+        lambda seen: len({point.time_unix_ns for point in seen.points(told.QUEUED) if point.time_unix_ns > now_ns}) > 1,
         6 * INTERVAL_S,
     )
 
 
-def _latest(receiver: Receiver, metric: str, **attributes: str) -> float:
-    wanted = {name.replace("_", "."): value for name, value in attributes.items()}
-    points = [point for point in receiver.points(metric) if wanted.items() <= point.attributes.items()]
-    ended_ns = max(point.time_unix_ns for point in points)
-    return sum(float(point.value or 0) for point in points if point.time_unix_ns == ended_ns)
-
-
 def _observed(receiver: Receiver, ports: set[int]) -> int:
     """What the histograms of these servers say in all."""
-    counts = {
-        (point.attributes["server.port"], point.attributes["process.executable.name"]): point.count
-        for point in receiver.points(DURATION)
-        if point.attributes.get("server.port") in ports and point.attributes["tcppktlat.role"] == "server"
-    }
-    return sum(count or 0 for count in counts.values())
+    servers = (
+        waits.count
+        for key, waits in told.waits_by_attributes(receiver).items()
+        if (attributes := dict(key)).get("server.port") in ports and attributes["tcppktlat.role"] == "server"
+    )
+    return sum(servers)
 
 
 def _use(agent: Process, receiver: Receiver, many: Crowd) -> Usage:
-    slab_bytes, queued = _slab_bytes(), _latest(receiver, QUEUED)
+    slab_bytes, queued = _slab_bytes(), told.number(receiver, told.QUEUED)
     spent_s = [cpu_s(agent.pid)]
     many.do("send")
     _exported(receiver)
-    waiting = _latest(receiver, QUEUED) - queued
+    waiting = told.number(receiver, told.QUEUED) - queued
     spent_s.append(cpu_s(agent.pid))
     many.do("read")
     _exported(receiver)
@@ -90,7 +79,7 @@ def _use(agent: Process, receiver: Receiver, many: Crowd) -> Usage:
         storage_mb=(_slab_bytes() - slab_bytes) / 1e6,
         waiting=waiting,
         observed=_observed(receiver, set(many.ports)),
-        untracked=_latest(receiver, SETTLED, tcppktlat_outcome="untracked"),
+        untracked=told.number(receiver, told.SETTLED, tcppktlat_outcome="untracked"),
     )
 
 
@@ -110,7 +99,7 @@ def _measure(kernel: Kernel, flavour: str, size: int) -> Usage:
 def _goal(flavour: str, size: int, usage: Usage) -> Goal:
     tracked = size if flavour == "typed" else RAW_LIMIT
     return Goal(
-        f"{size:,} sockets, {flavour}: {usage.observed:,} observed, {usage.untracked:,.0f} untracked "
+        f"{size:,} sockets, {flavour}: {usage.observed:,} observed, {usage.untracked:,} untracked "
         f"(at least {tracked:,}, and each one in one of them)",
         usage.observed >= 0.99 * tracked and usage.observed + usage.untracked >= size,
     )
@@ -125,7 +114,7 @@ def run(kernel: Kernel) -> Report:
         [
             [
                 f"{size:,}, {flavour}",
-                *(f"{count:,.0f}" for count in (usage.waiting, usage.observed, usage.untracked)),
+                *(f"{count:,}" for count in (usage.waiting, usage.observed, usage.untracked)),
                 f"{usage.cpu_s:.2f}",
                 *(f"{mb:.1f}" for mb in (usage.rss_mb, usage.maps_mb, usage.storage_mb)),
             ]

@@ -7,7 +7,7 @@ import pathlib
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO
@@ -76,7 +76,6 @@ def loaded_subjects(
     def agent(flavour: str, *more: str) -> Process:
         return start_agent(flavour, endpoint, environment, arguments=[*more, *arguments], detachable=True)
 
-    subjects = [Subject(NOTHING)]
     starts: Mapping[str, Callable[[str], Process]] = {
         EMPTY: lambda flavour: start_holder("empty", flavour),
         CLOCKS: lambda flavour: start_holder("clocks", flavour),
@@ -84,23 +83,29 @@ def loaded_subjects(
         FLOODED: lambda flavour: agent(flavour, "1"),
         PROTOTYPE: lambda flavour: start_holder("prototype", flavour),
     }
+    started = (Subject(kind, flavour, starts[kind](flavour)) for flavour in flavours for kind in kinds)
+    with detached(started, kernel) as subjects:
+        yield [Subject(NOTHING), *subjects]
+
+
+@contextmanager
+def detached(started: Iterable[Subject], kernel: Kernel) -> Iterator[list[Subject]]:
+    """Subjects whose processes are started as this asks for each; with nothing attached, and ended at the end."""
+    subjects: list[Subject] = []
     try:
-        for flavour in flavours:
-            for kind in kinds:
-                subjects.append(Subject(kind, flavour, starts[kind](flavour)))
-        subjects = [detached(subject, kernel) for subject in subjects]
-        yield subjects
+        for subject in started:
+            subjects.append(subject)
+        yield [_detached(subject, kernel) for subject in subjects]
     finally:
         for subject in subjects:
             if subject.process:
                 stop(subject.process)
 
 
-def detached(subject: Subject, kernel: Kernel) -> Subject:
+def _detached(subject: Subject, kernel: Kernel) -> Subject:
     """Waits for its programs, remembers them, and has the process let go of them."""
     process = subject.process
-    if process is None:
-        return subject
+    assert process
     wait_until_attached(process, kernel)
     links = kernel.links_of(process.pid, receive_only=False)
     assert process.stdin

@@ -7,10 +7,12 @@ import ctypes as ct
 import os
 import pathlib
 import struct
+from collections.abc import Iterator
 
 from otel_tcppktlat.probe.libbpf import Libbpf
 
 _PROG_INFO_BYTES, _MOST_MAPS = 224, 64
+_STATS_RUN_TIME = 0
 _NR_MAP_IDS = 52  # offset in struct bpf_prog_info (include/uapi/linux/bpf.h); the address of the ids comes next
 
 
@@ -22,6 +24,18 @@ def held(pid: int, kind: str) -> set[int]:
             lines = pathlib.Path(f"/proc/{pid}/fdinfo/{fd}").read_text().splitlines()
             found |= {int(line.split()[1]) for line in lines if line.startswith(f"{kind}_id:")}
     return found
+
+
+@contextlib.contextmanager
+def counting_run_time() -> Iterator[None]:
+    """kernel.bpf_stats_enabled, for as long as this lasts, even if this process is killed (BPF_ENABLE_STATS)."""
+    fd = Libbpf().lib.bpf_enable_stats(_STATS_RUN_TIME)
+    if fd < 0:
+        raise OSError(-fd, f"bpf_stats: {os.strerror(-fd)}")
+    try:
+        yield
+    finally:
+        os.close(fd)
 
 
 def kernel_bytes(pid: int) -> int:

@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import pathlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from otel_tcppktlat.demo.receiver import Receiver
-from otel_tcppktlat.probe.libbpf import Libbpf
+from support.objects import counting_run_time
 from telemetry import told
 from telemetry.told import deliver
 
-_STATS_RUN_TIME = 0
 PICKUPS = 30
-
-
-@contextmanager
-def counting() -> Iterator[None]:
-    """As the sysctl does, but for as long as the descriptor is open (bpf(2), BPF_ENABLE_STATS)."""
-    fd = Libbpf().lib.bpf_enable_stats(_STATS_RUN_TIME)
-    assert fd >= 0
-    try:
-        yield
-    finally:
-        os.close(fd)
 
 
 def of_program(receiver: Receiver, metric: str) -> dict[str, float]:
@@ -34,7 +19,7 @@ def of_program(receiver: Receiver, metric: str) -> dict[str, float]:
 
 
 def test_time_in_the_kernel_is_told_while_it_is_counted(tmp_path: pathlib.Path) -> None:
-    with told.scene(tmp_path) as scene, counting():
+    with told.scene(tmp_path) as scene, counting_run_time():
         sender, reader = scene.listener.connect()
         for _ in range(PICKUPS):
             deliver(sender, reader)

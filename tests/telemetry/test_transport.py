@@ -45,20 +45,14 @@ def test_grpc(tmp_path: pathlib.Path) -> None:
     assert last["traces"].headers["grpc-encoding"] == "identity"
 
 
-def threads(pid: int) -> set[str]:
-    """Their names; the interpreter's all have the process's."""
-    return {path.read_text() for path in pathlib.Path(f"/proc/{pid}/task").glob("*/comm")}
-
-
 def test_grpc_connects_to_export_and_rests(tmp_path: pathlib.Path) -> None:
     """In between there is no connection, and none of gRPC's threads, which never sleep for long."""
     with told.scene(tmp_path, environment={"OTEL_METRIC_EXPORT_INTERVAL": "5000"}) as scene:
-        pair, interpreter = scene.listener.connect(), threads(scene.agent.pid)
-        assert len(interpreter) == 1
+        pair, (interpreter,) = scene.listener.connect(), {*scene.agent.of_threads("comm")}
         for count in (1, 2):
             deliver(*pair)
             scene.receiver.wait_for(lambda seen, count=count: told.waits(seen).count == count, 60)  # type: ignore[misc]
-            told.eventually(lambda: threads(scene.agent.pid) == interpreter)
+            told.eventually(lambda: {*scene.agent.of_threads("comm")} == {interpreter})
 
 
 def test_http(tmp_path: pathlib.Path) -> None:

@@ -70,7 +70,7 @@ def _compile(name: str, typed: bool, btf: Btf) -> Any:
     file, _, kind = name.partition(":")
     text = (HERE / f"{file}.bpf.c").read_text().replace("BOUNDS", _bucket_search(0, len(BOUNDS_NS)))
     flags = [
-        f"-DKIND_{kind}=1",
+        *([f"-DKIND_{kind}=1"] if kind else []),
         f"-DTYPED={int(typed)}",
         *(f"-DOFF_{struct}_{member}={btf.offset(struct, member)}" for struct, member in FIELDS),
     ]
