@@ -23,7 +23,7 @@ from .workloads import WORKLOADS  # noqa: E402
 
 @dataclass(frozen=True)
 class Place:
-    """Where a part is measured, and what its servers are."""
+    """Where a part is measured, in a folder of its own, and what its servers are."""
 
     kernel: Kernel
     cores: Cores
@@ -74,7 +74,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="every single figure")
     parser.add_argument("--not-alone", action="store_true", help="do not wait for other tracers to end")
     arguments = parser.parse_args()
-    if unknown := {*arguments.parts} - {*PARTS}:
+    if unknown := set(arguments.parts) - set(PARTS):
         parser.error(f"there is no part {unknown.pop()!r}")
     if unknown := set(arguments.servers) - set(WORKLOADS):
         parser.error(f"there is no server {unknown.pop()!r}")
@@ -95,10 +95,13 @@ def main() -> int:
     cores, kernel = Cores(), Kernel(alone=not arguments.not_alone)
     reports: dict[str, Report] = {}
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            place = Place(kernel, cores, pathlib.Path(folder), arguments.servers)
+        with tempfile.TemporaryDirectory() as scratch:
+            pathlib.Path(scratch).chmod(0o755)  # servers run as other users
             for name, part in PARTS.items():
                 if name in (arguments.parts or PARTS):
+                    folder = pathlib.Path(scratch) / name
+                    folder.mkdir()
+                    place = Place(kernel, cores, folder, arguments.servers)
                     reports[name] = part.run(place, arguments.rounds or part.rounds, arguments.seconds or part.seconds)
                     print(reports[name].markdown(), flush=True)
     except BenchmarkError as error:

@@ -91,7 +91,6 @@ def flood(kernel: Kernel, pingpong: PingPong) -> Flood:
 
 def run(kernel: Kernel, folder: pathlib.Path, cores: Cores, rounds: int, seconds: int) -> Report:
     """The whole part. Raises BenchmarkError if a program is missing."""
-    folder.chmod(0o755)
     (folder / APPLICATION).mkdir()
     workload, pingpong = make(APPLICATION, folder / APPLICATION), PingPong(folder, cores)
     wait_until_quiet(kernel)
