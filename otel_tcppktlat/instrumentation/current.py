@@ -17,7 +17,7 @@ import threading
 import time
 from asyncio import _get_running_loop
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from opentelemetry import context as context_api
@@ -26,7 +26,7 @@ from opentelemetry.context.contextvars_context import ContextVarsRuntimeContext
 from opentelemetry.trace import SpanContext
 from opentelemetry.trace.propagation import _SPAN_KEY
 
-REMEMBERED = 256  # changes of a thread; late pickups are told within some ms
+REMEMBERED = 128  # changes of a thread; late pickups are told within some ms, and a long log is never in the caches
 REMEMBERED_ENDED, ENDED_THREADS = 64, 64
 _ALWAYS_INTERLEAVING = ("gevent", "eventlet")  # they switch wherever a thread would wait
 _INTERLEAVING = ("greenlet", "trio")  # asyncio is asked in any case, and other event loops are its
@@ -40,13 +40,14 @@ SUPPRESSED = _Suppressed(0, 0, is_remote=False)
 
 _INTERLEAVED, _DETACHED, _FORGOTTEN = (_Suppressed(0, 0, is_remote=False) for _ in range(3))
 
-# Each change is three of these, one after the other, as a tuple for each would cost more than all else here:
+# Each change is three parts, one after the other, as a tuple kept for each would cost more than all else. They come
+# with one call of deque.extend(), which neither another thread nor a signal's handler sees half done:
 # - when it was, CLOCK_MONOTONIC in ns;
 # - id() of its token;
 # - what is current since: a span or none, SUPPRESSED, or, of a task or a greenlet, _INTERLEAVED. _DETACHED: what was
 #   before its token was made. _FORGOTTEN: nobody knows.
 # No reference to a context, a token or a span: an application's objects live as long as it wants them to.
-_Part = int | SpanContext | None
+_Change = tuple[int, int, SpanContext | None]
 
 
 class _Thread:
@@ -54,12 +55,13 @@ class _Thread:
 
     def __init__(self) -> None:
         self.tid = threading.get_native_id()
-        self.changes: deque[_Part] = deque(maxlen=3 * REMEMBERED)
+        self.changes: deque[Any] = deque(maxlen=3 * REMEMBERED)
 
     def at(self, when_ns: int) -> tuple[bool, SpanContext | None]:
         """(whether that is remembered, what was current for sure): the innermost that was attached and not detached."""
         known, detached, latest = False, set[int](), 0
-        for changed_ns, token, what in _newest_first(list(self.changes)):
+        newest_first = reversed(list(self.changes))
+        for what, token, changed_ns in zip(newest_first, newest_first, newest_first, strict=True):
             if changed_ns > when_ns:
                 continue
             if not known:
@@ -78,17 +80,6 @@ class _Thread:
             elif what is not _INTERLEAVED:  # a task's, of before: what is below stays
                 return True, what if not detached else None  # else something around it has been left already
         return known, None
-
-
-def _newest_first(parts: list[_Part]) -> Iterator[tuple[int, int, SpanContext | None]]:
-    """The changes; not that which the thread is just about to add, and no further than they are whole."""
-    while parts and isinstance(parts[-1], int):
-        parts.pop()
-    while len(parts) >= 3:
-        what, token, changed_ns = parts.pop(), parts.pop(), parts.pop()
-        if isinstance(what, int) or not isinstance(token, int) or not isinstance(changed_ns, int):
-            return  # a signal's handler came in between
-        yield changed_ns, token, what
 
 
 class _End:
@@ -163,9 +154,7 @@ class CurrentSpans:
             except Exception:  # this thread's first, or a span of somebody's own
                 what = _INTERLEAVED if interleaved() is not None else _span_of(context)
                 log = begin()
-            log(now_ns())
-            log(id(token))
-            log(what)
+            log((now_ns(), id(token), what))
             return token
 
         def detaching(token: Any) -> None:
@@ -173,28 +162,24 @@ class CurrentSpans:
                 detach(token)
             except BaseException:
                 log = begin()
-                log(now_ns())
-                log(0)
-                log(_FORGOTTEN)
+                log((now_ns(), 0, _FORGOTTEN))
                 raise
             try:
                 log = local.log
             except AttributeError:
                 return  # a thread that has attached nothing
-            log(now_ns())
-            log(id(token))
-            log(_DETACHED)
+            log((now_ns(), id(token), _DETACHED))
 
         return attaching, detaching
 
-    def _begin(self) -> Callable[[_Part], None]:
+    def _begin(self) -> Callable[[_Change], None]:
         """The calling thread's log: how to add to it."""
         if not hasattr(self._local, "log"):
             thread = _Thread()
-            self._local.thread, self._local.log = thread, thread.changes.append
+            self._local.thread, self._local.log = thread, thread.changes.extend
             self._local.end = _End(self._thread_ended, thread)
             self._threads[thread.tid] = thread
-        log: Callable[[_Part], None] = self._local.log
+        log: Callable[[_Change], None] = self._local.log
         return log
 
     def _thread_ended(self, thread: _Thread) -> None:

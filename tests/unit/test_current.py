@@ -18,7 +18,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.trace import NonRecordingSpan, Span, SpanContext, TraceFlags
 
 from otel_tcppktlat.instrumentation import current as module
-from otel_tcppktlat.instrumentation.current import REMEMBERED, SUPPRESSED, CurrentSpans, _newest_first
+from otel_tcppktlat.instrumentation.current import REMEMBERED, SUPPRESSED, CurrentSpans
 
 TRACER = TracerProvider(shutdown_on_exit=False).get_tracer("test")
 
@@ -386,12 +386,3 @@ def test_an_outer_span_is_known_for_so_many_changes_within_it(current: CurrentSp
         context.detach(context.attach(trace.set_span_in_context(remote(1))))
         assert moments.found(current) == [None, None]
         assert current.at(threading.get_native_id(), time.monotonic_ns()) is None
-
-
-def test_a_log_that_is_just_being_written() -> None:
-    """The change that a thread is about to add is no change yet; what a signal's handler has torn is not believed."""
-    one, other = remote(1).get_span_context(), remote(2).get_span_context()
-    assert [*_newest_first([10, 1, one, 20, 2, other])] == [(20, 2, other), (10, 1, one)]
-    assert [*_newest_first([10, 1, one, 20, 2])] == [*_newest_first([10, 1, one, 20])] == [(10, 1, one)]
-    assert [*_newest_first([10, 1, one, 20, 30, 3, other, 2, None, 40, 4, None])] == [(40, 4, None)]
-    assert [*_newest_first([one, 20, 2, other])] == [(20, 2, other)]  # the oldest has lost a part
