@@ -65,11 +65,11 @@ struct queue {
  * to atomically, because softirqs interrupt readers; rows_withheld is of the same hook as `observed`.
  * What is still queued: `received` less the nine counts that follow it. */
 struct books {
+  u64 copy; /* which of the histograms' copies is this CPU's; set by the loader */
   u64 received;
   u64 observed, own, filtered, duplicate, dropped, unread;
   u64 untracked_socket, untracked_pool, untracked_mptcp;
   u64 merged, undescribed_bytes, events_lost, rows_withheld, sockets_opened, sockets_closed, processes_gone, series_overflowed;
-  u64 copy; /* which of the histograms' copies is this CPU's; set by the loader */
 };
 enum outcome { OBSERVED, OWN, FILTERED };
 
@@ -106,7 +106,6 @@ struct interval {
 };
 #define OVERFLOW 0 /* series for what exceeds the map */
 #define SINK 1     /* series for what is not to be shown: own, filtered */
-#define SLOTS (MAX_SERIES * COPIES)
 
 struct event {
   u64 picked_ns, wait_ns;
@@ -158,7 +157,8 @@ BPF_ARRAY(epochs, u32, EPOCHS);                           /* by tgid: grows when
 BPF_HASH(series, struct series_key, u32, MAX_SERIES);
 BPF_QUEUE(free_series, u32, MAX_SERIES);
 BPF_ARRAY(identities, struct identity, MAX_SERIES);
-BPF_ARRAY(histograms, struct histogram, 2 * SLOTS);
+/* By side, copy and number: CPUs that count in different copies never share a cache line. */
+BPF_ARRAY(histograms, struct histogram, 2 * COPIES * MAX_SERIES);
 BPF_ARRAY(interval, struct interval, 1);
 BPF_ARRAY_OF_MAPS(barrier, "interval", 1); /* an update waits for the programs that run: maybe_wait_bpf_programs() */
 BPF_ARRAY(bounds, struct bounds, 1);

@@ -203,7 +203,7 @@ static inline u32 side_at(u64 now_ns) {
 }
 
 static inline struct histogram *histogram_of(struct books *b, u32 side, u32 number) {
-  number = number * COPIES + b->copy + side * SLOTS;
+  number += (side * COPIES + b->copy) * MAX_SERIES;
   return histograms.lookup(&number);
 }
 

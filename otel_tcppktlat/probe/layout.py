@@ -16,9 +16,9 @@ class Books(ct.Structure):
     _fields_ = [
         (name, ct.c_uint64)
         for name in (
-            "received", "observed", "own", "filtered", "duplicate", "dropped", "unread",
+            "copy", "received", "observed", "own", "filtered", "duplicate", "dropped", "unread",
             "untracked_socket", "untracked_pool", "untracked_mptcp", "merged", "undescribed_bytes", "events_lost",
-            "rows_withheld", "sockets_opened", "sockets_closed", "processes_gone", "series_overflowed", "copy",
+            "rows_withheld", "sockets_opened", "sockets_closed", "processes_gone", "series_overflowed",
         )
     ]  # fmt: skip
 

@@ -317,19 +317,20 @@ class Probe:
         return deltas
 
     def _read_some(self, side: int, indexes: range) -> Iterator[Delta]:
-        copies, size = self._copies, self._histograms.value_bytes
-        start = (side * self._options.max_series + indexes.start) * copies
-        raw = self._histograms.values(start, len(indexes) * copies)
+        size = self._histograms.value_bytes
+        copies = range(side * self._copies, (side + 1) * self._copies)
+        starts = [copy * self._options.max_series + indexes.start for copy in copies]
+        all_values = [self._histograms.values(start, len(indexes)) for start in starts]
         empty = bytes(size)
         touched: list[int] = []
         for position, index in enumerate(indexes):
             series = self._live.get(index)
             if series is None and index != OVERFLOW_SERIES:
                 continue
-            slots = range(position * copies, (position + 1) * copies)
-            filled = [value for slot in slots if (value := raw[slot * size : (slot + 1) * size]) != empty]
+            its = slice(position * size, (position + 1) * size)
+            filled = [value for values in all_values if (value := values[its]) != empty]
             if filled:
-                touched += [start + slot for slot in slots]
+                touched += [start + position for start in starts]
                 yield Delta(series, *self._add_up(filled))
         self._histograms.zero(touched)
 

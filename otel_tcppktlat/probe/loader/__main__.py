@@ -195,9 +195,8 @@ def load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
     bounds_ns = request["bounds_ns"] + [NEVER_NS] * (BOUNDS - len(request["bounds_ns"]))
     libbpf.bpf_map_update_elem.argtypes = [ct.c_int, ct.c_char_p, ct.c_char_p, ct.c_uint64]
     _fill(libbpf, bpf["bounds"].map_fd, bytes(4), struct.pack(f"<{BOUNDS}Q", *bounds_ns))
-    cpus, field_bytes = libbpf.libbpf_num_possible_cpus(), 8
-    empty = bytes(request["books_bytes"] - field_bytes)  # the number of the copy is the last field
-    per_cpu = (empty + struct.pack("<Q", cpu % request["defines"]["COPIES"]) for cpu in range(cpus))
+    copies, cpus = request["defines"]["COPIES"], libbpf.libbpf_num_possible_cpus()
+    per_cpu = ((cpu % copies).to_bytes(request["books_bytes"], "little") for cpu in range(cpus))  # its first field
     _fill(libbpf, maps["books"], bytes(4), b"".join(per_cpu))
     for number in range(request["first_series"], request["limits"]["series"]):
         _fill(libbpf, maps["free_series"], None, struct.pack("<I", number))

@@ -28,7 +28,7 @@ BPF_TABLE("percpu_hash", struct key, struct histogram, histograms, SERIES);
 
 static inline struct histogram *histogram_of(u64 series) {
 #if KIND_array_of_copies
-  u32 number = series * COPIES + (bpf_get_smp_processor_id() & (COPIES - 1));
+  u32 number = series + (bpf_get_smp_processor_id() & (COPIES - 1)) * SERIES;
 #elif KIND_shared_array || KIND_per_cpu_array
   u32 number = series;
 #else
