@@ -223,7 +223,7 @@ def test_nobody_reads_its_complaints(tmp_path: pathlib.Path) -> None:
 def test_stopped_for_longer_than_the_ring_buffer_lasts(tmp_path: pathlib.Path) -> None:
     """SIGSTOP: events are lost, and counted; the histogram has all, and intervals go on right after SIGCONT."""
     pickups = RING_BYTES // _EVENT_BYTES + 2000
-    with told.scene(tmp_path, "--span-rate", "1000000", "0", environment={"OTEL_BSP_SCHEDULE_DELAY": "50"}) as scene:
+    with told.scene(tmp_path, "--span-rate", "1000", "0") as scene:
         scene.settle()
         scene.agent.process.send_signal(signal.SIGSTOP)
         sender, reader = scene.listener.connect()
