@@ -206,18 +206,21 @@ def test_nobody_reads_its_complaints(tmp_path: pathlib.Path) -> None:
             stdout=subprocess.DEVNULL,
             stderr=write_fd,
         ) as agent:
-            os.close(write_fd)
-            told.eventually(lambda: held(agent.pid, "link"))
-            connection = listener.connect()
-            deliver(*connection)
-            time.sleep(1)
-            receiver.start()
-            told.settle(receiver)
-            assert told.check_balance(receiver)["received"] <= 1
-            deliver(*connection)
-            told.settle(receiver)
-            agent.send_signal(signal.SIGTERM)
-            assert agent.wait(30) == 0
+            try:
+                os.close(write_fd)
+                told.eventually(lambda: held(agent.pid, "link"))
+                connection = listener.connect()
+                deliver(*connection)
+                time.sleep(1)
+                receiver.start()
+                told.settle(receiver)
+                assert told.check_balance(receiver)["received"] <= 1
+                deliver(*connection)
+                told.settle(receiver)
+                agent.send_signal(signal.SIGTERM)
+                assert agent.wait(30) == 0
+            finally:
+                agent.kill()  # a Popen waits for it
 
 
 def test_stopped_for_longer_than_the_ring_buffer_lasts(tmp_path: pathlib.Path) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from otel_tcppktlat.demo.receiver import ExemplarRecord, Point, Receiver, SpanRecord
-from support.agent import Agent
+from support.agent import PATIENCE, Agent
 
 DURATION = "tcppktlat.receive_queue.duration"
 RECEIVED, SETTLED, QUEUED = (f"tcppktlat.segments.{name}" for name in ("received", "settled", "queued"))
@@ -133,7 +133,7 @@ def settle(receiver: Receiver, timeout_s: float = 60) -> None:
 
 def eventually(condition: Callable[[], object], timeout_s: float = 60, what: object = None) -> None:
     """Waits for `what` must come, however long it takes."""
-    end_s = time.monotonic() + timeout_s
+    end_s = time.monotonic() + timeout_s * PATIENCE
     while not condition():
         assert time.monotonic() < end_s, what
         time.sleep(0.01)
