@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /* How the programs reach the kernel: offsets from BTF (-DOFF_struct_field), and the two flavours.
  *
- * TYPED: BTF-typed tracepoints (tp_btf). The verifier knows the pointers, so fields are plain loads, and the state of a
- * socket lives in its own storage. Otherwise raw tracepoints: fields are copied, and the state lives in a bounded array.
+ * TYPED: BTF-typed tracepoints (tp_btf). The verifier knows the pointers, so fields are plain loads, and sockets that an
+ * array has no place for have their state in storage of their own. Otherwise raw tracepoints: fields are copied, and the
+ * array is all there is.
  */
 
 /* First in every loop: clang drops a counter where another condition ends the loop too, and the verifier then sees no end. */

@@ -6,6 +6,12 @@
 #define GAP_CHUNKS 64 /* that one socket may hold behind gaps; only the first and the last may be less than half full */
 #define GAP_RUNS ((GAP_CHUNKS - 2) * CHUNK / 2)
 #define RELEASE_CHUNKS 4 /* that one program moves to the queue; 16 of them do all of a socket */
+/* Sockets whose state is in the array. In the typed flavour that is for speed, and the others have storage of their own. */
+#if TYPED && MAX_SOCKETS > 1024
+#define SLOTS 1024
+#else
+#define SLOTS MAX_SOCKETS
+#endif
 #define SLOTS_TRIED 16 /* for the queue of a socket, before it goes untracked */
 #define EPOCHS 4096 /* slots of process epochs (power of two) */
 
@@ -22,22 +28,23 @@ struct chunk {
   u32 next, n; /* n: entries in use, of chunks that hold what waits behind a gap */
 };
 
+/* What is before the first line: as much as an array has before its first element begins a cache line. */
+#define LINE 64
+#define BEFORE (TYPED * (-OFF_bpf_array_value & (LINE - 1)))
+#define BEHIND (-(BEFORE + 352) & (LINE - 1))
+
 /* One socket. The socket lock serialises all hooks of a socket, so nothing here is atomic. */
 struct queue {
-#if !TYPED
-  u64 owner; /* the socket that this slot is in use for, or 0 */
-#endif
+  u8 before[BEFORE];
+  /* A cache line: what the short paths touch as long as one segment waits. */
+  u64 owner;    /* the socket that this slot of the array is in use for, or 0: id_of() */
   u32 last_end; /* end of the youngest entry: rcv_nxt, as long as the stack keeps what it was given */
   u32 cold;     /* COLD_*: why the short path must not touch this socket */
   u32 head, n;  /* ring of entries with the socket; older than all that spilled */
   u32 reader, epoch, series; /* whose histogram, remembered from the last pickup; reader: READER() */
   u16 outcome, role;         /* OBSERVED, OWN or FILTERED; ROLE_* */
-  u64 bucket_from_ns, bucket_width_ns; /* the bucket of the last wait on the short path: the next is often in it, too */
-  u32 bucket, side;                    /* that bucket; side of the histograms, for the pickup that is being worked on */
-  struct entry e[INLINE];
-#if SERVE
-  u64 told_ns; /* from this wait on, user space hears of a pickup of this reader */
-#endif
+  struct entry e[INLINE];    /* the first one is in that line, too */
+  u64 told_ns; /* from this wait on, user space hears of a pickup of this reader; with SERVE */
   u32 spill_head, spill_tail;   /* positions in the chain of chunks, whole chunks counted */
   u32 first_chunk, last_chunk;  /* of that chain */
   u32 spilled, base;            /* segments in it; initial sequence number of the connection */
@@ -48,14 +55,10 @@ struct queue {
   u64 in_order_at_ns; /* arrival of the segment that may have closed the gap */
   u64 picked_ns, longest_ns, sum_ns; /* the pickup that is being worked on; here for the same reason */
   u32 segments, bytes, undescribed, firsts;
-#if !TYPED
-#if SERVE
-  u64 unused[2]; /* a multiple of a cache line */
-#else
-  u64 unused[3];
-#endif
-#endif
+  u64 side; /* of the histograms */
+  u8 behind[BEHIND];
 };
+_Static_assert(!(sizeof(struct queue) & (LINE - 1)), "a slot of the array must begin where a cache line does");
 #define COLD_SPILL 1
 #define COLD_GAP 2
 #define COLD_ASIDE 4
@@ -66,6 +69,7 @@ struct queue {
  * What is still queued: `received` less the nine counts that follow it. */
 struct books {
   u64 copy; /* which of the histograms' copies is this CPU's; set by the loader */
+  u64 bucket_from_ns, bucket_width_ns, bucket; /* the bucket of the last wait on the short path: the next is often in it, too */
   u64 received;
   u64 observed, own, filtered, duplicate, dropped, unread;
   u64 untracked_socket, untracked_pool, untracked_mptcp;
@@ -142,12 +146,14 @@ struct first { u64 pickup_ns, wait_ns; };
 struct firsts { struct first of_bucket[256]; };
 struct bounds { u64 upper_ns[256]; };
 
+/* No hash: a look-up in an array costs no call, and touches one cache line. SLOTS: a power of two. */
+BPF_ARRAY(queues, struct queue, SLOTS);
+BPF_HASH(slots_taken, u32, u64, SLOTS); /* the socket of each slot of the array that is in use */
+/* Sockets that found their slot taken: */
 #if TYPED
-BPF_SK_STORAGE(queues, struct queue);
+BPF_SK_STORAGE(queues_elsewhere, struct queue);
 #else
-BPF_ARRAY(queues, struct queue, MAX_SOCKETS); /* no hash: a look-up in an array costs no call; MAX_SOCKETS: a power of two */
-BPF_HASH(slots_taken, u32, u64, MAX_SOCKETS); /* the socket of each slot of the array that is in use */
-BPF_HASH(slots_elsewhere, u64, u32, MAX_SOCKETS); /* slots of sockets that found their own one taken */
+BPF_HASH(slots_elsewhere, u64, u32, SLOTS); /* these have another slot */
 #endif
 BPF_ARRAY(chunks, struct chunk, MAX_CHUNKS);
 BPF_QUEUE(free_chunks, u32, MAX_CHUNKS);

@@ -6,54 +6,87 @@ static inline struct books *books_of_cpu(void) {
   return books.lookup(&zero);
 }
 
-#if TYPED
-static inline struct queue *queue_of(void *sk) { return queues.sk_storage_get(sk, 0, 0); }
-static inline struct queue *create_queue(void *sk) {
-  return queues.sk_storage_get(sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
-}
-static inline void forget_queue(void *sk) {} /* the kernel frees it with the socket */
+/* A number that no other socket has. */
+static inline u64 id_of(void *sk) {
+#if TYPED /* the verifier calculates with no pointer, but for the difference of two: to an address that never changes */
+  int zero = 0;
+  return (u64)sk - (u64)interval.lookup(&zero);
 #else
-static inline u32 slot_of(u64 id) { return (id * 0x9E3779B97F4A7C15ULL >> 32) & (MAX_SOCKETS - 1); }
-
-static inline struct queue *queue_of(void *sk) {
-  u64 id = (u64)sk;
-  u32 slot = slot_of(id);
-  struct queue *q = queues.lookup(&slot);
-  if (q && q->owner == id) return q;
-  u32 *elsewhere = slots_elsewhere.lookup(&id);
-  if (!elsewhere) return 0;
-  slot = *elsewhere;
-  return queues.lookup(&slot);
+  return (u64)sk;
+#endif
 }
 
-static inline struct queue *create_queue(void *sk) {
-  u64 id = (u64)sk;
-  for (u32 i = 0; i < SLOTS_TRIED; i++) { KEEP(i);
-    u32 slot = (slot_of(id) + i) & (MAX_SOCKETS - 1);
-    if (slots_taken.insert(&slot, &id)) continue;
-    struct queue *q = queues.lookup(&slot);
-    if (!q || (i && slots_elsewhere.insert(&id, &slot))) {
-      slots_taken.delete(&slot);
-      return 0;
-    }
-    __builtin_memset(q, 0, sizeof(*q));
-    q->owner = id;
-    return q;
+static inline u32 slot_of(u64 id) { return (id * 0x9E3779B97F4A7C15ULL >> 32) & (SLOTS - 1); }
+
+/* A slot of the array for this socket, if nobody has it. */
+static inline struct queue *take_slot(u32 slot, u64 id) {
+  if (slots_taken.insert(&slot, &id)) return 0;
+  struct queue *q = queues.lookup(&slot);
+  if (!q) return 0;
+  __builtin_memset(q, 0, sizeof(*q));
+  q->owner = id;
+  return q;
+}
+
+static inline void give_slot(struct queue *q, u32 slot) {
+  q->owner = 0;
+  slots_taken.delete(&slot);
+}
+
+#if TYPED
+static inline struct queue *queue_elsewhere(void *sk, u64 id) { return queues_elsewhere.sk_storage_get(sk, 0, 0); }
+static inline struct queue *create_elsewhere(void *sk, u64 id) {
+  return queues_elsewhere.sk_storage_get(sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+}
+static inline void forget_elsewhere(u64 id) {} /* the kernel frees it with the socket */
+#else
+static inline struct queue *queue_elsewhere(void *sk, u64 id) {
+  u32 *slot = slots_elsewhere.lookup(&id);
+  if (!slot) return 0;
+  u32 number = *slot;
+  return queues.lookup(&number);
+}
+static inline struct queue *create_elsewhere(void *sk, u64 id) {
+  for (u32 i = 1; i < SLOTS_TRIED; i++) { KEEP(i);
+    u32 slot = (slot_of(id) + i) & (SLOTS - 1);
+    struct queue *q = take_slot(slot, id);
+    if (!q) continue;
+    if (!slots_elsewhere.insert(&id, &slot)) return q;
+    give_slot(q, slot);
+    return 0;
   }
   return 0;
 }
-
-static inline void forget_queue(void *sk) {
-  u64 id = (u64)sk;
-  u32 slot = slot_of(id), *elsewhere = slots_elsewhere.lookup(&id);
-  if (elsewhere) slot = *elsewhere;
-  struct queue *q = queues.lookup(&slot);
-  if (!q || q->owner != id) return;
-  q->owner = 0;
+static inline void forget_elsewhere(u64 id) {
+  u32 *slot = slots_elsewhere.lookup(&id);
+  if (!slot) return;
+  u32 number = *slot;
+  struct queue *q = queues.lookup(&number);
+  if (q && q->owner == id) give_slot(q, number);
   slots_elsewhere.delete(&id);
-  slots_taken.delete(&slot);
 }
 #endif
+
+static inline struct queue *queue_of(void *sk) {
+  u64 id = id_of(sk);
+  u32 slot = slot_of(id);
+  struct queue *q = queues.lookup(&slot);
+  return q && q->owner == id ? q : queue_elsewhere(sk, id);
+}
+
+static inline struct queue *create_queue(void *sk) {
+  u64 id = id_of(sk);
+  struct queue *q = take_slot(slot_of(id), id);
+  return q ? q : create_elsewhere(sk, id);
+}
+
+static inline void forget_queue(void *sk) {
+  u64 id = id_of(sk);
+  u32 slot = slot_of(id);
+  struct queue *q = queues.lookup(&slot);
+  if (q && q->owner == id) give_slot(q, slot);
+  else forget_elsewhere(id);
+}
 
 static inline struct chunk *chunk_at(u32 number) { return chunks.lookup(&number); }
 

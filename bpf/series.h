@@ -223,15 +223,17 @@ static inline u32 bucket_of(struct bounds *table, u64 ns) {
   return masked(bucket, BUCKETS - 1);
 }
 
-/* The same for the short path, where most waits are in the bucket of the one before. */
-static inline u32 bucket_near(struct queue *q, u64 ns) {
-  if (unlikely(ns - q->bucket_from_ns >= q->bucket_width_ns)) {
+/* The same for the short path, where most waits are in the bucket of the one before on this CPU. */
+static inline u32 bucket_near(struct books *b, u64 ns) {
+  if (unlikely(SELF_INTERRUPTING || ns - b->bucket_from_ns >= b->bucket_width_ns)) {
     int zero = 0;
     struct bounds *table = bounds.lookup(&zero);
     if (!table) return 0;
-    q->bucket = bucket_of(table, ns);
-    q->bucket_from_ns = q->bucket ? table->upper_ns[(q->bucket - 1) & 255] + 1 : 0;
-    q->bucket_width_ns = table->upper_ns[q->bucket & 255] + 1 - q->bucket_from_ns;
+    u32 bucket = bucket_of(table, ns);
+    if (SELF_INTERRUPTING) return bucket;
+    b->bucket = bucket;
+    b->bucket_from_ns = bucket ? table->upper_ns[(bucket - 1) & 255] + 1 : 0;
+    b->bucket_width_ns = table->upper_ns[bucket & 255] + 1 - b->bucket_from_ns;
   }
-  return q->bucket & (BUCKETS - 1);
+  return b->bucket & (BUCKETS - 1);
 }

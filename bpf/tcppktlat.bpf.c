@@ -146,20 +146,21 @@ int adjust(u64 *ctx) {
   struct books *b = books_of_cpu();
   if (!b) return 0;
   u64 began_ns = interval_began_ns();
-  struct histogram *h = histogram_of(b, began_ns & 1, q->series);
-  q->side = began_ns & 1;
+  u32 side = began_ns & 1;
+  struct histogram *h = histogram_of(b, side, q->series);
   u64 now_ns = bpf_ktime_get_ns();
-  if (unlikely(is_less(now_ns, began_ns))) h = histogram_of(b, q->side ^= 1, q->series);
+  if (unlikely(is_less(now_ns, began_ns))) h = histogram_of(b, side ^= 1, q->series);
   if (!h) return 0;
   u64 wait_ns = now_ns - e->at_ns;
-  u32 bucket = bucket_near(q, wait_ns), first = EXEMPLARS && !h->bucket[bucket];
+  u32 bucket = bucket_near(b, wait_ns), first = EXEMPLARS && !h->bucket[bucket];
   if (unlikely(first)) note_first(now_ns, bucket, wait_ns);
   OBSERVE(h->bucket[bucket], 1);
   OBSERVE(h->sum_ns, wait_ns);
   COUNT(b->observed, 1);
   q->head = q->n > 1 ? q->head + 1 : 0; /* empty, it begins anew: always the same cache lines */
   q->n--;
-  if (unlikely(first) || worth_telling(b, q, wait_ns, q->side)) {
+  if (unlikely(first) || worth_telling(b, q, wait_ns, side)) {
+    q->side = side;
     q->picked_ns = now_ns;
     q->longest_ns = wait_ns;
     q->segments = 1;
@@ -223,7 +224,7 @@ int drain(u64 *ctx) {
   struct firsts *noted = firsts.lookup(&zero);
   u32 segments = q->segments;
   if (!noted) return 0;
-  for (u32 round = 0; round < DRAIN_CHUNKS; round++) { KEEP(round);
+  for (u32 round = 0; round < DRAIN_CHUNKS / (1 + TYPED); round++) { KEEP(round);
     u32 number = q->first_chunk, limit = (q->spill_head | (CHUNK - 1)) + 1;
     struct chunk *c = chunk_at(number);
     if (!c) break;

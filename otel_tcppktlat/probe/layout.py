@@ -9,18 +9,17 @@ OVERFLOW_SERIES, SINK_SERIES, FIRST_SERIES = 0, 1, 2
 KIND_EXEMPLAR, KIND_ROW, KIND_SERVED = 1, 2, 4
 ROLE_SERVER, ROLE_CLIENT = 0, 1
 
+BOOKS = (  # counts of segments, unless the name says otherwise
+    "received", "observed", "own", "filtered", "duplicate", "dropped", "unread",
+    "untracked_socket", "untracked_pool", "untracked_mptcp", "merged", "undescribed_bytes", "events_lost",
+    "rows_withheld", "sockets_opened", "sockets_closed", "processes_gone", "series_overflowed",
+)  # fmt: skip
+
 
 class Books(ct.Structure):
-    """struct books: counts of segments, unless the name says otherwise."""
+    """struct books: what a CPU keeps for itself, and BOOKS."""
 
-    _fields_ = [
-        (name, ct.c_uint64)
-        for name in (
-            "copy", "received", "observed", "own", "filtered", "duplicate", "dropped", "unread",
-            "untracked_socket", "untracked_pool", "untracked_mptcp", "merged", "undescribed_bytes", "events_lost",
-            "rows_withheld", "sockets_opened", "sockets_closed", "processes_gone", "series_overflowed",
-        )
-    ]  # fmt: skip
+    _fields_ = [(name, ct.c_uint64) for name in ("copy", "bucket_from_ns", "bucket_width_ns", "bucket", *BOOKS)]
 
 
 class ProcessKey(ct.Structure):

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from .launch import Loaded, Loader
 from .layout import (
+    BOOKS,
     FIRST_SERIES,
     KIND_EXEMPLAR,
     KIND_ROW,
@@ -36,7 +37,7 @@ from .libbpf import Libbpf, Map, RingBuffer
 
 CHUNKS = 2048  # of 64 entries: 131,072 segments of stalled readers, exact
 MAX_COPIES = 4  # of each series' histogram, shared by CPUs
-DRAIN_CHUNKS = 56  # a program's share of a long queue; 33 tail calls of it drain 100,000 entries
+DRAIN_CHUNKS = 56  # a program's share of a long queue, half of it in the typed flavour; 33 tail calls of it follow
 RING_BYTES = 1 << 20
 _RING_RECORDS = RING_BYTES // (ct.sizeof(Event) + 8)  # BPF_RINGBUF_HDR_SZ
 _ZERO_KEY = bytes(4)
@@ -63,7 +64,7 @@ class ProbeOptions:
     key_address: bool = False
     own_tgid: int = 0
     max_series: int = 2048
-    max_sockets: int = 16384  # of the raw flavour; a power of two
+    max_sockets: int = 16384  # of the raw flavour; a power of two. The typed one has more than its array
     max_chunks: int = CHUNKS
     serve: int = 0  # processes, at most, that hear of their own pickups
     serve_all: int = 5000  # events a second of all together
@@ -239,11 +240,9 @@ class Probe:
         raw = self._books.lookup(_ZERO_KEY)
         assert raw is not None
         size = ct.sizeof(Books)
-        per_cpu = [struct.unpack_from(f"<{size // 8}Q", raw, cpu * size) for cpu in range(self._cpus)]
-        names = [field[0] for field in Books._fields_]
-        summed = {name: min(sum(counts), _MOST) for name, *counts in zip(names, *per_cpu, strict=True)}
+        per_cpu = [Books.from_buffer_copy(raw, cpu * size) for cpu in range(self._cpus)]
+        summed = {name: min(sum(getattr(books, name) for books in per_cpu), _MOST) for name in BOOKS}
         summed["events_lost"] = min(summed["events_lost"] + self._implausible, _MOST)
-        del summed["copy"]
         return summed
 
     def gone(self) -> bool:

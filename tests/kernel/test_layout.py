@@ -43,7 +43,8 @@ import bcc
 os.environ["BCC_KERNEL_SOURCE"] = os.path.join(folder, "shim")
 maps = (pathlib.Path(folder) / "maps.h").read_text()
 text = maps + "".join(f"int value_{n}(void *ctx) {{ return {e}; }}\\n" for n, e in enumerate(expressions))
-flags = "TYPED=0 SERVE=16 MAX_SERIES=16 MAX_CHUNKS=16 MAX_SOCKETS=16 COPIES=2 EVENTS_FD=0 BUCKETS=" + sys.argv[3]
+flags = "TYPED=0 SERVE=16 MAX_SERIES=16 MAX_CHUNKS=16 MAX_SOCKETS=16 COPIES=2 EVENTS_FD=0 OFF_bpf_array_value=0"
+flags += " BUCKETS=" + sys.argv[3]
 program = bcc.BPF(text=text, cflags=["-D" + flag for flag in flags.split()])
 code = [program.dump_func(f"value_{n}") for n in range(len(expressions))]
 assert all(each[0] == 0xB7 for each in code), "mov r0, immediate"

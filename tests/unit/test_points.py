@@ -31,7 +31,7 @@ from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 
 from otel_tcppktlat.buckets import FIRST_EXPONENT, Buckets, explicit_buckets, exponential_buckets
 from otel_tcppktlat.demo.receiver import Point, points_of
-from otel_tcppktlat.probe.layout import Books, Event, Identity, ProcessKey, SeriesKey
+from otel_tcppktlat.probe.layout import BOOKS, Event, Identity, ProcessKey, SeriesKey
 from otel_tcppktlat.probe.probe import Delta, Harvest, Probe, Series
 from otel_tcppktlat.series import SeriesTotals, Totals
 from otel_tcppktlat.telemetry import collector as collector_module
@@ -81,8 +81,7 @@ class MadeUp:
         return Harvest(began_ns, time.monotonic_ns(), deltas, events, {})
 
     def books(self) -> dict[str, int]:
-        names = [field[0] for field in Books._fields_]
-        return {**dict.fromkeys(names, 0), "received": self.observed + 3, "observed": self.observed}
+        return {**dict.fromkeys(BOOKS, 0), "received": self.observed + 3, "observed": self.observed}
 
     def statistics(self) -> dict[str, tuple[int, int, int]]:
         return {}

@@ -23,7 +23,7 @@ FIELDS: tuple[Field, ...] = (
     ("task_struct", "self_exec_id"), ("task_struct", "signal"), ("task_struct", "mm"), ("task_struct", "comm"),
     ("signal_struct", "live"), ("mm_struct", "exe_file"), ("file", "f_path"), ("path", "dentry"),
     ("dentry", "d_name"), ("qstr", "name"),
-    ("task_struct", "thread_pid"), ("pid", "level"), ("pid", "numbers"), ("upid", "nr"),
+    ("task_struct", "thread_pid"), ("pid", "level"), ("pid", "numbers"), ("upid", "nr"), ("bpf_array", "value"),
 )  # fmt: skip
 OPTIONAL: tuple[Field, ...] = (
     ("sock_common", "skc_v6_daddr"),
