@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /* How the programs reach the kernel: offsets from BTF (-DOFF_struct_field), and the two flavours.
  *
- * TYPED: BTF-typed tracepoints (tp_btf). The verifier knows the pointers, so fields are plain loads, and sockets that an
- * array has no place for have their state in storage of their own. Otherwise raw tracepoints: fields are copied, and the
+ * TYPED: BTF-typed tracepoints (tp_btf). The verifier knows the pointers, so fields are plain loads, and sockets whose
+ * slot of an array is taken have their state in storage of their own. Otherwise raw tracepoints: fields are copied, and the
  * array is all there is.
  */
 

@@ -28,22 +28,16 @@ struct chunk {
   u32 next, n; /* n: entries in use, of chunks that hold what waits behind a gap */
 };
 
-/* What is before the first line: as much as an array has before its first element begins a cache line. */
-#define LINE 64
-#define BEFORE (TYPED * (-OFF_bpf_array_value & (LINE - 1)))
-#define BEHIND (-(BEFORE + 352) & (LINE - 1))
-
 /* One socket. The socket lock serialises all hooks of a socket, so nothing here is atomic. */
 struct queue {
-  u8 before[BEFORE];
-  /* A cache line: what the short paths touch as long as one segment waits. */
+  /* 64 bytes: what the short paths touch as long as one segment waits. */
   u64 owner;    /* the socket that this slot of the array is in use for, or 0: id_of() */
   u32 last_end; /* end of the youngest entry: rcv_nxt, as long as the stack keeps what it was given */
   u32 cold;     /* COLD_*: why the short path must not touch this socket */
   u32 head, n;  /* ring of entries with the socket; older than all that spilled */
   u32 reader, epoch, series; /* whose histogram, remembered from the last pickup; reader: READER() */
   u16 outcome, role;         /* OBSERVED, OWN or FILTERED; ROLE_* */
-  struct entry e[INLINE];    /* the first one is in that line, too */
+  struct entry e[INLINE];    /* the first one is in these 64 bytes, too */
   u64 told_ns; /* from this wait on, user space hears of a pickup of this reader; with SERVE */
   u32 spill_head, spill_tail;   /* positions in the chain of chunks, whole chunks counted */
   u32 first_chunk, last_chunk;  /* of that chain */
@@ -56,9 +50,16 @@ struct queue {
   u64 picked_ns, longest_ns, sum_ns; /* the pickup that is being worked on; here for the same reason */
   u32 segments, bytes, undescribed, firsts;
   u64 side; /* of the histograms */
-  u8 behind[BEHIND];
 };
-_Static_assert(!(sizeof(struct queue) & (LINE - 1)), "a slot of the array must begin where a cache line does");
+
+/* A socket in an array. There the first 64 bytes are a cache line: arrays have some bytes of their own before the first slot. */
+#define LINE 64
+#define BEFORE (TYPED * (-OFF_bpf_array_value & (LINE - 1)))
+struct slot {
+  u8 before[BEFORE];
+  struct queue q;
+  u8 behind[-(BEFORE + sizeof(struct queue)) & (LINE - 1)];
+};
 #define COLD_SPILL 1
 #define COLD_GAP 2
 #define COLD_ASIDE 4
@@ -147,8 +148,8 @@ struct firsts { struct first of_bucket[256]; };
 struct bounds { u64 upper_ns[256]; };
 
 /* No hash: a look-up in an array costs no call, and touches one cache line. SLOTS: a power of two. */
-BPF_ARRAY(queues, struct queue, SLOTS);
-BPF_HASH(slots_taken, u32, u64, SLOTS); /* the socket of each slot of the array that is in use */
+BPF_ARRAY(slots, struct slot, SLOTS);
+BPF_HASH(slots_taken, u32, u64, SLOTS); /* the socket of each slot that is in use */
 /* Sockets that found their slot taken: */
 #if TYPED
 BPF_SK_STORAGE(queues_elsewhere, struct queue);
@@ -163,7 +164,7 @@ BPF_ARRAY(epochs, u32, EPOCHS);                           /* by tgid: grows when
 BPF_HASH(series, struct series_key, u32, MAX_SERIES);
 BPF_QUEUE(free_series, u32, MAX_SERIES);
 BPF_ARRAY(identities, struct identity, MAX_SERIES);
-/* By side, copy and number: CPUs that count in different copies never share a cache line. */
+/* By side, copy and number: CPUs that count in different copies do not share cache lines. */
 BPF_ARRAY(histograms, struct histogram, 2 * COPIES * MAX_SERIES);
 BPF_ARRAY(interval, struct interval, 1);
 BPF_ARRAY_OF_MAPS(barrier, "interval", 1); /* an update waits for the programs that run: maybe_wait_bpf_programs() */
@@ -176,7 +177,7 @@ BPF_ARRAY(served_all, struct allowance, 1);
 /* The ring buffer of events. The loader makes it: bcc 0.26 has no bpf_ringbuf_query() for its own. */
 #define EVENTS ((void *)bpf_pseudo_fd(1 /* BPF_PSEUDO_MAP_FD */, EVENTS_FD))
 BPF_PROG_ARRAY(probe_tails, 2);
-BPF_PROG_ARRAY(adjust_tails, 4);
+BPF_PROG_ARRAY(adjust_tails, 5);
 BPF_PROG_ARRAY(destroy_tails, 1);
 #define TAIL_PROBE_SLOW 0
 #define TAIL_RECONNECT 1
@@ -184,4 +185,5 @@ BPF_PROG_ARRAY(destroy_tails, 1);
 #define TAIL_DRAIN 1
 #define TAIL_EMIT 2
 #define TAIL_RENEW 3
+#define TAIL_DRAIN_ELSEWHERE 4
 #define TAIL_DISCARD 0

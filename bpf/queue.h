@@ -6,11 +6,13 @@ static inline struct books *books_of_cpu(void) {
   return books.lookup(&zero);
 }
 
-/* A number that no other socket has. */
+/* A number that no other socket has, and not 0. */
 static inline u64 id_of(void *sk) {
 #if TYPED /* the verifier calculates with no pointer, but for the difference of two: to an address that never changes */
   int zero = 0;
-  return (u64)sk - (u64)interval.lookup(&zero);
+  u64 id = (u64)sk - (u64)interval.lookup(&zero);
+  KEEP(id);
+  return id;
 #else
   return (u64)sk;
 #endif
@@ -18,19 +20,29 @@ static inline u64 id_of(void *sk) {
 
 static inline u32 slot_of(u64 id) { return (id * 0x9E3779B97F4A7C15ULL >> 32) & (SLOTS - 1); }
 
-/* A slot of the array for this socket, if nobody has it. */
-static inline struct queue *take_slot(u32 slot, u64 id) {
-  if (slots_taken.insert(&slot, &id)) return 0;
-  struct queue *q = queues.lookup(&slot);
-  if (!q) return 0;
-  __builtin_memset(q, 0, sizeof(*q));
-  q->owner = id;
-  return q;
+/* What is in a slot, if it is this socket's. */
+static inline struct queue *queue_in(u32 number, u64 id) {
+  struct slot *slot = slots.lookup(&number);
+  return slot && slot->q.owner == id ? &slot->q : 0;
 }
 
-static inline void give_slot(struct queue *q, u32 slot) {
+/* A slot for this socket, if nobody has it. */
+static inline struct queue *take_slot(u32 number, u64 id) {
+  if (slots_taken.insert(&number, &id)) {
+    u64 *owner = slots_taken.lookup(&number);
+    if (!owner || *owner != id) return 0; /* else one that it could not give back: see give_slot() */
+  }
+  struct slot *slot = slots.lookup(&number);
+  if (!slot) return 0;
+  __builtin_memset(&slot->q, 0, sizeof(slot->q));
+  slot->q.owner = id;
+  return &slot->q;
+}
+
+/* A hash refuses a deletion in an interrupt of another one (EBUSY): the slot is lost until a socket has that address again. */
+static inline void give_slot(struct queue *q, u32 number) {
   q->owner = 0;
-  slots_taken.delete(&slot);
+  slots_taken.delete(&number);
 }
 
 #if TYPED
@@ -41,37 +53,34 @@ static inline struct queue *create_elsewhere(void *sk, u64 id) {
 static inline void forget_elsewhere(u64 id) {} /* the kernel frees it with the socket */
 #else
 static inline struct queue *queue_elsewhere(void *sk, u64 id) {
-  u32 *slot = slots_elsewhere.lookup(&id);
-  if (!slot) return 0;
-  u32 number = *slot;
-  return queues.lookup(&number);
+  u32 *number = slots_elsewhere.lookup(&id);
+  return number ? queue_in(*number, id) : 0;
 }
 static inline struct queue *create_elsewhere(void *sk, u64 id) {
   for (u32 i = 1; i < SLOTS_TRIED; i++) { KEEP(i);
-    u32 slot = (slot_of(id) + i) & (SLOTS - 1);
-    struct queue *q = take_slot(slot, id);
+    u32 number = (slot_of(id) + i) & (SLOTS - 1);
+    struct queue *q = take_slot(number, id);
     if (!q) continue;
-    if (!slots_elsewhere.insert(&id, &slot)) return q;
-    give_slot(q, slot);
+    if (!slots_elsewhere.update(&id, &number)) return q;
+    give_slot(q, number);
     return 0;
   }
   return 0;
 }
 static inline void forget_elsewhere(u64 id) {
-  u32 *slot = slots_elsewhere.lookup(&id);
-  if (!slot) return;
-  u32 number = *slot;
-  struct queue *q = queues.lookup(&number);
-  if (q && q->owner == id) give_slot(q, number);
+  u32 *found = slots_elsewhere.lookup(&id);
+  if (!found) return;
+  u32 number = *found;
+  struct queue *q = queue_in(number, id);
+  if (q) give_slot(q, number);
   slots_elsewhere.delete(&id);
 }
 #endif
 
 static inline struct queue *queue_of(void *sk) {
   u64 id = id_of(sk);
-  u32 slot = slot_of(id);
-  struct queue *q = queues.lookup(&slot);
-  return q && q->owner == id ? q : queue_elsewhere(sk, id);
+  struct queue *q = queue_in(slot_of(id), id);
+  return q ? q : queue_elsewhere(sk, id);
 }
 
 static inline struct queue *create_queue(void *sk) {
@@ -82,9 +91,9 @@ static inline struct queue *create_queue(void *sk) {
 
 static inline void forget_queue(void *sk) {
   u64 id = id_of(sk);
-  u32 slot = slot_of(id);
-  struct queue *q = queues.lookup(&slot);
-  if (q && q->owner == id) give_slot(q, slot);
+  u32 number = slot_of(id);
+  struct queue *q = queue_in(number, id);
+  if (q) give_slot(q, number);
   else forget_elsewhere(id);
 }
 

@@ -3,7 +3,8 @@
  * small. A hook's tail-called programs run as part of it: under the same socket lock and the same RCU read section.
  *
  *   tcp_probe              a segment has arrived                       probe, probe_slow, reconnect
- *   tcp_rcv_space_adjust   a reader has copied bytes                   adjust, adjust_slow, drain, emit_events, renew
+ *   tcp_rcv_space_adjust   a reader has copied bytes                   adjust, adjust_slow, drain, drain_elsewhere, emit_events,
+ *                                                                      renew
  *   tcp_destroy_sock       the socket goes                             destroy
  *   sched_process_exec, sched_process_exit                             process_exec, process_exit
  */
@@ -209,11 +210,10 @@ int adjust_slow(u64 *ctx) {
   return 0;
 }
 
-/* Completes entries of chunks, and goes on as long as whole chunks are done. */
-int drain(u64 *ctx) {
+/* Completes entries of chunks, and goes on, as `again`, as long as whole chunks are done. */
+static inline int drain_queue(u64 *ctx, struct queue *q, int again) {
   void *sk = (void *)ctx[0];
   struct books *b = books_of_cpu();
-  struct queue *q = queue_of(sk);
   void *tp = tcp_sock_of(sk);
   int zero = 0;
   struct sink to = {.table = bounds.lookup(&zero)};
@@ -224,7 +224,7 @@ int drain(u64 *ctx) {
   struct firsts *noted = firsts.lookup(&zero);
   u32 segments = q->segments;
   if (!noted) return 0;
-  for (u32 round = 0; round < DRAIN_CHUNKS / (1 + TYPED); round++) { KEEP(round);
+  for (u32 round = 0; round < DRAIN_CHUNKS; round++) { KEEP(round);
     u32 number = q->first_chunk, limit = (q->spill_head | (CHUNK - 1)) + 1;
     struct chunk *c = chunk_at(number);
     if (!c) break;
@@ -252,11 +252,28 @@ int drain(u64 *ctx) {
     }
   }
   q->spilled -= q->segments - segments;
-  if (more) adjust_tails.call(ctx, TAIL_DRAIN);
+  if (more) adjust_tails.call(ctx, again);
   end_pickup(b, q, &to);
   if (notable(b, q)) adjust_tails.call(ctx, TAIL_EMIT);
   return 0;
 }
+
+#if TYPED /* the verifier follows each kind of memory by itself, and both are too much for one program */
+int drain(u64 *ctx) {
+  u64 id = id_of((void *)ctx[0]);
+  struct queue *q = queue_in(slot_of(id), id);
+  if (q) return drain_queue(ctx, q, TAIL_DRAIN);
+  adjust_tails.call(ctx, TAIL_DRAIN_ELSEWHERE);
+  return 0;
+}
+
+int drain_elsewhere(u64 *ctx) {
+  void *sk = (void *)ctx[0];
+  return drain_queue(ctx, queue_elsewhere(sk, id_of(sk)), TAIL_DRAIN_ELSEWHERE);
+}
+#else
+int drain(u64 *ctx) { return drain_queue(ctx, queue_of((void *)ctx[0]), TAIL_DRAIN); }
+#endif
 
 /* What user space should hear of a pickup: its longest wait, if anybody wants that, and the first wait of each bucket. */
 int emit_events(u64 *ctx) {

@@ -37,7 +37,7 @@ from .libbpf import Libbpf, Map, RingBuffer
 
 CHUNKS = 2048  # of 64 entries: 131,072 segments of stalled readers, exact
 MAX_COPIES = 4  # of each series' histogram, shared by CPUs
-DRAIN_CHUNKS = 56  # a program's share of a long queue, half of it in the typed flavour; 33 tail calls of it follow
+DRAIN_CHUNKS = 56  # a program's share of a long queue; 31 tail calls of it drain 100,000 entries
 RING_BYTES = 1 << 20
 _RING_RECORDS = RING_BYTES // (ct.sizeof(Event) + 8)  # BPF_RINGBUF_HDR_SZ
 _ZERO_KEY = bytes(4)
@@ -124,7 +124,7 @@ class Probe:
         """
         self._options, self._on_row, self._on_served, self._on_harvest = options, on_row, on_served, on_harvest
         self._libbpf = Libbpf()
-        self._copies = min(MAX_COPIES, 1 << (self._libbpf.possible_cpus() - 1).bit_length())
+        self._copies = min(MAX_COPIES, self._libbpf.possible_cpus())
         self._loader = Loader(
             {
                 "flavour": options.flavour,

@@ -17,7 +17,7 @@ MB = 1e6
 def formula_bytes(series: int, buckets: int, cpus: int, raw: bool = False) -> float:
     """README, "Kernels". `cpus`: possible ones."""
     histograms = 2 * series * min(4, cpus) * (8 + 4 * buckets)
-    return histograms + 293 * series + 4.83 * MB + 4_300 * cpus + raw * 8.41 * MB
+    return histograms + 293 * series + 4.86 * MB + 4_300 * cpus + raw * 8.38 * MB
 
 
 def precision() -> float:

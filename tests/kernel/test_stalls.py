@@ -39,6 +39,18 @@ def test_exact_however_many_wait(traced: Traced, peer: TunPeer, count: int, in_o
     assert traced.books == {"received": count + 1, "observed": count + 1}
 
 
+def test_exact_without_a_slot_of_its_own(load: Load, peer: TunPeer) -> None:
+    """The typed flavour has the socket's state in its own storage then, the raw one perhaps in another slot."""
+    traced = load(max_sockets=1 if load.flavour == "typed" else 2)
+    accept(peer).send(1)
+    count = 100_000
+    conversation = stalled(peer, [1] * count)
+    with large_pipe() as pipe:
+        assert splice(conversation.socket, pipe) == count
+    assert traced.books == {"received": count + 1, "observed": count}
+    assert traced.waits().count == count
+
+
 @pytest.mark.parametrize("peek", [False, True])
 def test_parts_of_a_long_queue(traced: Traced, peer: TunPeer, peek: bool) -> None:
     lengths = [10] * 3000

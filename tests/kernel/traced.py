@@ -233,9 +233,11 @@ def large_pipe() -> Iterator[tuple[int, int]]:
 
 
 def splice(sock: socket.socket, pipe: tuple[int, int], most: int = 1 << 30) -> int:
-    """Moves what the socket holds to the pipe in one call (tcp_read_sock); returns how many bytes."""
-    splice_f_nonblock = 2
+    """Moves what the socket holds to the pipe in one tcp_read_sock(); returns how many bytes."""
+    splice_f_nonblock, timeout_s = 2, sock.gettimeout()
+    sock.setblocking(False)  # or there is another one, which finds nothing, but is a pickup
     moved: int = _libc.splice(sock.fileno(), None, pipe[1], None, most, splice_f_nonblock)
+    sock.settimeout(timeout_s)
     if moved < 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     return moved

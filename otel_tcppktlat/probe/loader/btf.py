@@ -32,6 +32,7 @@ OPTIONAL: tuple[Field, ...] = (
 )
 
 HEADERS = [
+    "linux/bpf.h",
     "linux/sched.h",
     "linux/sched/signal.h",
     "linux/mm_types.h",

@@ -20,11 +20,12 @@ SOURCES = ("kernel.h", "maps.h", "queue.h", "gap.h", "series.h", "pickup.h", "tc
 
 @dataclass(frozen=True)
 class Hook:
-    """One program: its function, the tracepoint it belongs to, and its place in a table of tail calls, if any."""
+    """One program: its function, its tracepoint, its place in a table of tail calls, if any, and its flavour."""
 
     function: str
     tracepoint: str
     tail: Optional[tuple[str, int]] = None
+    typed_only: bool = False
 
 
 HOOKS = (
@@ -34,6 +35,7 @@ HOOKS = (
     Hook("drain", "tcp_rcv_space_adjust", ("adjust_tails", 1)),
     Hook("emit_events", "tcp_rcv_space_adjust", ("adjust_tails", 2)),
     Hook("renew", "tcp_rcv_space_adjust", ("adjust_tails", 3)),
+    Hook("drain_elsewhere", "tcp_rcv_space_adjust", ("adjust_tails", 4), typed_only=True),
     Hook("destroy", "tcp_destroy_sock", ("destroy_tails", 0)),
     Hook("probe", "tcp_probe"),
     Hook("adjust", "tcp_rcv_space_adjust"),
@@ -115,6 +117,8 @@ class Programs:
     def load(self) -> None:
         """Loads every program and fills the tables of tail calls. Raises LoadError with the verifier's last lines."""
         for hook in HOOKS:
+            if hook.typed_only and not self._btf:
+                continue
             fd = self._load_typed(hook, self._btf) if self._btf else self._load_raw(hook)
             self.descriptors[hook.function] = fd
             if hook.tail:
