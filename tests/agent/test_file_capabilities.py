@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import pathlib
 import shutil
+from collections.abc import Iterator
+
+import pytest
 
 from otel_tcppktlat.privileges import CAP_BPF
 from otel_tcppktlat.probe.launch import DISTRIBUTION_PYTHON
 from support.agent import Agent, Pair
-from support.installed import install
+from support.installed import install, open_folder
 from support.kernels import kernel_version
 from telemetry.told import eventually
 
@@ -18,14 +21,20 @@ AS_NOBODY = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--i
 BECOME = ["-c", "import os, sys; os.execvp(sys.argv[3], sys.argv[3:])"]  # instead of -m otel_tcppktlat
 
 
-def test_file_capabilities(tmp_path: pathlib.Path) -> None:
-    environment = install(tmp_path)
-    program = tmp_path / "python-with-capabilities"
+@pytest.fixture
+def folder() -> Iterator[pathlib.Path]:
+    with open_folder() as opened:
+        yield opened
+
+
+def test_file_capabilities(folder: pathlib.Path) -> None:
+    environment = install(folder)
+    program = folder / "python-with-capabilities"
     shutil.copy(os.path.realpath(DISTRIBUTION_PYTHON), program)
     os.chmod(program, 0o755)
     assert os.spawnlp(os.P_WAIT, "setcap", "setcap", CAPABILITIES, str(program)) == 0
     command = [*AS_NOBODY, "env", "--chdir=/", str(program), "-m", "otel_tcppktlat", "-v"]
-    with Agent(tmp_path, command, environment, BECOME) as agent, Pair() as pair:
+    with Agent(folder, command, environment, BECOME) as agent, Pair() as pair:
         agent.wait_for_stderr("otel-tcppktlat: attached")
         pair.wait(0.01)
         eventually(lambda: f" {pair.port} " in agent.stdout)

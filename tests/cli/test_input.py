@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import pathlib
-import shutil
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +12,7 @@ import pytest
 from cli.printed import environment, run
 from otel_tcppktlat import __version__
 from support.certificates import make_certificates
+from support.installed import install, open_folder
 
 ENDPOINT = "OTEL_EXPORTER_OTLP_ENDPOINT"
 EXPORT = f"{ENDPOINT}=http://127.0.0.1:9"
@@ -176,29 +175,24 @@ def test_help(option: str) -> None:
     assert option == "--usage" or all(name in done.stdout for name in long_forms)
 
 
-def test_without_privilege(tmp_path: pathlib.Path) -> None:
+def test_without_privilege() -> None:
     """One line that says what it takes; and --help still helps."""
-    package = pathlib.Path(__file__).parents[2]
-    tmp_path.chmod(0o755)
-    for name in ("otel_tcppktlat", "bpf"):
-        shutil.copytree(package / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    subprocess.run(["chmod", "-R", "a+rX", tmp_path], check=True)
-    for parent in list(tmp_path.parents)[:-2]:
-        parent.chmod(parent.stat().st_mode | 0o055)
+    with open_folder() as folder:
+        installed = install(folder)
 
-    def as_nobody(*arguments: str) -> subprocess.CompletedProcess[str]:
-        user = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
-        return subprocess.run(
-            [*user, "/usr/bin/python3", "-m", "otel_tcppktlat", *arguments],
-            env={**environment(), "PYTHONPATH": str(tmp_path)},
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
+        def as_nobody(*arguments: str) -> subprocess.CompletedProcess[str]:
+            user = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+            return subprocess.run(
+                [*user, "/usr/bin/python3", "-m", "otel_tcppktlat", *arguments],
+                env={**environment(), **installed},
+                cwd=folder,
+                capture_output=True,
+                text=True,
+                timeout=60,
+            )
 
-    done = as_nobody()
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
-    assert "root" in done.stderr
-    assert as_nobody("--usage").returncode == 0
-    assert as_nobody("-p", "0").returncode == 2
+        done = as_nobody()
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+        assert "root" in done.stderr
+        assert as_nobody("--usage").returncode == 0
+        assert as_nobody("-p", "0").returncode == 2

@@ -6,6 +6,7 @@ import pathlib
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ import yaml
 
 from otel_tcppktlat.probe.launch import DISTRIBUTION_PYTHON
 from support.agent import REPOSITORY, Agent, Pair
-from support.installed import install
+from support.installed import install, open_folder
 from telemetry.told import eventually
 
 DEPLOY = REPOSITORY / "collector-config" / "deploy"
@@ -86,9 +87,10 @@ GRANTS = {"unit": unit_grant(), "daemonset": daemonset_grant()}
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def installed() -> Iterator[dict[str, str]]:
     """The environment in which every user finds the package."""
-    return install(tmp_path_factory.mktemp("installed"))
+    with open_folder() as folder:
+        yield install(folder)
 
 
 # Instead of `python -m otel_tcppktlat`, the interpreter becomes the command that follows.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pathlib
-import tempfile
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +10,7 @@ import pytest
 from instrumentation.programs import Postgres, Redis, Upstream
 from otel_tcppktlat.demo.receiver import Receiver
 from support.agent import serving_agent
+from support.installed import open_folder
 
 
 @pytest.fixture(scope="session")
@@ -29,7 +29,6 @@ def receiver() -> Iterator[Receiver]:
 @pytest.fixture(scope="session")
 def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """Variables that say where they are."""
-    with tempfile.TemporaryDirectory(prefix="tcppktlat-") as name, Upstream() as upstream:
-        pathlib.Path(name).chmod(0o755)
-        with Redis(tmp_path_factory.mktemp("redis")) as redis, Postgres(pathlib.Path(name) / "postgres") as postgres:
+    with open_folder() as folder, Upstream() as upstream:
+        with Redis(tmp_path_factory.mktemp("redis")) as redis, Postgres(folder / "postgres") as postgres:
             yield {"REDIS_PORT": str(redis.port), "POSTGRES": postgres.address, "UPSTREAM": upstream.url}

@@ -15,14 +15,13 @@ import socket
 import struct
 import subprocess
 import sys
-import tempfile
 import time
 
 sys.path[:0] = map(str, pathlib.Path(__file__).resolve().parents[1:3])
 
 from otel_tcppktlat import privileges  # noqa: E402
 from otel_tcppktlat.probe.probe import Probe, ProbeOptions  # noqa: E402
-from support.installed import install  # noqa: E402
+from support.installed import install, open_folder  # noqa: E402
 from support.kernels import flavours, kernel_version  # noqa: E402
 
 PORT = 17718  # below those that connect() chooses
@@ -177,5 +176,5 @@ served: list = []  # type: ignore[type-arg]
 if __name__ == "__main__":
     for name in sys.argv[1:] or flavours():
         check(name)
-    with tempfile.TemporaryDirectory() as scratch:
-        check_plain_user(pathlib.Path(scratch))
+    with open_folder() as folder:
+        check_plain_user(folder)

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import pathlib
-import tempfile
 from collections.abc import Iterator
 
 import pytest
 
 from support.agent import Agent, serving_agent
+from support.installed import open_folder
 
 
 @pytest.fixture
 def folder() -> Iterator[pathlib.Path]:
     """Short enough for the path of a socket, and open to all users."""
-    with tempfile.TemporaryDirectory(prefix="tcppktlat-") as name:
-        pathlib.Path(name).chmod(0o755)
-        yield pathlib.Path(name)
+    with open_folder() as opened:
+        yield opened
 
 
 @pytest.fixture(scope="module")

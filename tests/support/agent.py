@@ -9,10 +9,11 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import IO
+
+from support.installed import open_folder
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
 PATIENCE = float(
@@ -105,9 +106,7 @@ class Agent:
 @contextlib.contextmanager
 def serving_agent() -> Iterator[tuple[Agent, pathlib.Path]]:
     """One that serves, and its socket: a short path, in a folder that it made."""
-    with tempfile.TemporaryDirectory(prefix="tcppktlat-") as name:
-        folder = pathlib.Path(name)
-        folder.chmod(0o755)
+    with open_folder() as folder:
         path = folder / "run/agent.sock"
         with Agent(folder, ["-v", "--serve", str(path)]) as agent:
             agent.wait_for_stderr("otel-tcppktlat: attached")
