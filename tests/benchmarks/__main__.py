@@ -7,12 +7,13 @@ import json
 import os
 import pathlib
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 sys.path.append(str(pathlib.Path(__file__).parents[1]))  # as pytest has it
+
+from support.installed import open_folder  # noqa: E402
 
 from . import flood, footprint, idle, instrumentation, maps, pingpong, series, servers, sockets, start  # noqa: E402
 from .kernel import Kernel  # noqa: E402
@@ -95,11 +96,10 @@ def main() -> int:
     cores, kernel = Cores(), Kernel(alone=not arguments.not_alone)
     reports: dict[str, Report] = {}
     try:
-        with tempfile.TemporaryDirectory() as scratch:
-            pathlib.Path(scratch).chmod(0o755)  # servers run as other users
+        with open_folder() as scratch:  # servers run as other users
             for name, part in PARTS.items():
                 if name in (arguments.parts or PARTS):
-                    folder = pathlib.Path(scratch) / name
+                    folder = scratch / name
                     folder.mkdir()
                     place = Place(kernel, cores, folder, arguments.servers)
                     reports[name] = part.run(place, arguments.rounds or part.rounds, arguments.seconds or part.seconds)
