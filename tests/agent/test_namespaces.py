@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import pytest
 
 from otel_tcppktlat.demo.receiver import Receiver
-from support.agent import Agent, Pair
+from support.agent import LONG_S, Agent, Pair
 from telemetry import told
 from telemetry.told import eventually
 
@@ -126,7 +126,7 @@ def test_its_own_connections(tmp_path: pathlib.Path, protocol: str) -> None:
         port = endpoint.rpartition(":")[2]
         with in_a_pid_namespace(tmp_path, ["-r", port], environment) as agent:
             agent.wait_for_stderr("attached")
-            receiver.wait_for(lambda seen: told.books(seen).get("own", 0) >= 3, 60)
+            receiver.wait_for(lambda seen: told.books(seen).get("own", 0) >= 3, LONG_S)
             end(agent)
         books = told.books(receiver)
         assert books["received"] == books["own"] + books["queued"], books

@@ -11,7 +11,7 @@ import pytest
 
 from otel_tcppktlat.demo.receiver import Receiver, ServerTls
 from otel_tcppktlat.privileges import CAP_BPF
-from support.agent import Agent, Pair
+from support.agent import LONG_S, Agent, Pair
 from support.certificates import make_certificates
 from support.kernels import kernel_version
 
@@ -43,7 +43,7 @@ def running(
         environment["OTEL_EXPORTER_OTLP_ENDPOINT"] = endpoint.replace("127.0.0.1", "localhost")
         with Agent(tmp_path, ["-v"], environment, python=["-X", "importtime"]) as agent:
             agent.wait_for_stderr(MARK)
-            receiver.wait_for(lambda seen: bool(seen.points(RECEIVED)), 60)
+            receiver.wait_for(lambda seen: bool(seen.points(RECEIVED)), LONG_S)
             yield agent, receiver
 
 
@@ -80,13 +80,13 @@ def test_nothing_is_imported_later_and_reconnects_work(running: tuple[Agent, Rec
     agent, receiver = running
     with Pair() as pair:
         pair.wait(0.02)
-        receiver.wait_for(lambda seen: bool(seen.spans()), 60)
+        receiver.wait_for(lambda seen: bool(seen.spans()), LONG_S)
         receiver.stop()
         agent.wait_for_stderr("retrying")
         pair.wait(0.02)
         receiver.start()
         before = len(receiver.requests)
-        receiver.wait_for(lambda seen: len(seen.requests) > before + 1, 60)
+        receiver.wait_for(lambda seen: len(seen.requests) > before + 1, LONG_S)
         pair.wait(0.02)
     assert agent.stop() == 0
     later = agent.stderr.partition(MARK)[2]

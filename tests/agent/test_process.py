@@ -20,7 +20,7 @@ from otel_tcppktlat.demo.receiver import Receiver
 from otel_tcppktlat.probe.layout import Event
 from otel_tcppktlat.probe.libbpf import Libbpf
 from otel_tcppktlat.probe.probe import RING_BYTES
-from support.agent import Agent, loader_of
+from support.agent import LONG_S, Agent, loader_of
 from support.kernels import flavours
 from support.objects import held
 from telemetry import told
@@ -239,7 +239,7 @@ def test_stopped_for_longer_than_the_ring_buffer_lasts(tmp_path: pathlib.Path) -
         lost = told.number(scene.receiver, "tcppktlat.events.lost")
         assert lost >= 2000
         without_span = lost + sum(told.number(scene.receiver, name) for name in (told.SUPPRESSED, told.DROPPED))
-        scene.receiver.wait_for(lambda seen: len(seen.spans()) + without_span == pickups, 60)
+        scene.receiver.wait_for(lambda seen: len(seen.spans()) + without_span == pickups, LONG_S)
         last = scene.receiver.points(told.RECEIVED)[-1].time_unix_ns
         for _ in range(10):
             deliver(sender, reader)
@@ -283,7 +283,7 @@ def test_two_agents_that_see_each_other(side: str, tmp_path: pathlib.Path) -> No
             arguments = ["-v", "--otlp", receiver.grpc_endpoint, side, ports[1 - number], "--span-rate", "100000", "0"]
             stack.enter_context(Agent(folder, arguments, variables))
         for receiver in receivers:
-            receiver.wait_for(lambda seen: told.number(seen, told.RECEIVED) > 0, 60)
+            receiver.wait_for(lambda seen: told.number(seen, told.RECEIVED) > 0, LONG_S)
             told.settle(receiver)
         told_at = []  # requests, segments and spans of both
         for _ in range(3):
@@ -295,7 +295,7 @@ def test_two_agents_that_see_each_other(side: str, tmp_path: pathlib.Path) -> No
                 ]
             )
             count = len(receivers[0].points(told.RECEIVED))
-            receivers[0].wait_for(lambda seen, count=count: len(seen.points(told.RECEIVED)) >= count + half, 60)  # type: ignore[misc]
+            receivers[0].wait_for(lambda seen, count=count: len(seen.points(told.RECEIVED)) >= count + half, LONG_S)  # type: ignore[misc]
         first, second = (
             [b - a for a, b in zip(*pair, strict=True)] for pair in zip(told_at, told_at[1:], strict=False)
         )

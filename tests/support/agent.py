@@ -16,9 +16,8 @@ from typing import IO
 from support.installed import open_folder
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
-PATIENCE = float(
-    os.environ.get("TEST_PATIENCE", "1")
-)  # how many times as long an agent may take: guests compute slowly
+PATIENCE = float(os.environ.get("TEST_PATIENCE", "1"))  # so many times as long may anything take: guests compute slowly
+LONG_S = 60 * PATIENCE  # for what must come
 CA_VARIABLES = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE")
 
 
