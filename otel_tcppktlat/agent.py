@@ -194,17 +194,25 @@ def _describe(settings: Settings, loaded: Loaded, kept_cap_bpf: bool, landlock_a
     _log.debug("flavour %s, offsets from %s; %s", loaded.flavour, loaded.offsets, seconds)
     _log.debug("maps, programs, links: %s", ", ".join(loaded.descriptors))
     _log.debug("running as uid %d with %s", os.getuid(), "CAP_BPF alone" if kept_cap_bpf else "no capability")
+    if loaded.refused:
+        _log.warning(
+            "%s: it goes on with the raw flavour, which takes longer and tracks %d sockets; please report it with your "
+            "kernel's version",
+            loaded.refused,
+            ProbeOptions.max_sockets,
+        )
     if loaded.ids != "same":
         _log.warning(
             "in a pid namespace of its own: process and thread ids are shown as the host's, which ps, -p and -t do not "
             "know here%s; in the host's (hostPID) they agree",
             "" if loaded.ids == "translated" else ", and its own connections count as traffic",
         )
+    no_typed = settings.flavour == "auto" and loaded.flavour == "raw" and not loaded.refused
     lacks = [
         what
         for lacking, what in (
             (loaded.offsets != "BTF", "BTF"),
-            (settings.flavour == "auto" and loaded.flavour == "raw", "what the typed flavour takes (BTF, Linux 5.11)"),
+            (no_typed, "what the typed flavour takes (BTF, Linux 5.11)"),
             (kept_cap_bpf, "map look-ups without CAP_BPF (Linux 5.19)"),
             (landlock_abi < landlock.NEEDED_ABI, "a Landlock that forbids all writing to files (Linux 6.2)"),
         )

@@ -28,11 +28,13 @@ _log = logging.getLogger(__name__)
 class Loaded:
     """What the loader left. Names are map:NAME, program:NAME and link:NAME.
 
+    `refused`: why the flavour is not the best one of this kernel, or nothing.
     `ids`: whether process and thread ids are the `same` in this pid namespace as in the programs, the host's; or else
     those that were asked for could be `translated`, or this process's own is `unknown`.
     """
 
     flavour: str
+    refused: str
     offsets: str
     ids: Literal["same", "translated", "unknown"]
     seconds: dict[str, float]
@@ -109,6 +111,7 @@ class Loader:
             raise ProbeError(answer["error"].splitlines()[0])
         return Loaded(
             flavour=answer["flavour"],
+            refused=answer["refused"],
             offsets=answer["offsets"],
             ids=answer["ids"],
             seconds=answer["seconds"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pathlib
 import platform
 import subprocess
 import sys
@@ -10,7 +11,12 @@ from collections.abc import Sequence
 
 import pytest
 
-from support.agent import REPOSITORY
+from otel_tcppktlat.demo.receiver import Receiver
+from otel_tcppktlat.probe.launch import DISTRIBUTION_PYTHON
+from otel_tcppktlat.probe.loader import START
+from support.agent import REPOSITORY, Agent, Pair
+from support.kernels import flavours
+from telemetry import told
 
 NO_BCC = "mount -t tmpfs none /usr/lib/python3/dist-packages"
 NO_BTF = "mount -t tmpfs none /sys/kernel/btf"
@@ -60,3 +66,31 @@ def test_no_privilege() -> None:
     """Root without its capabilities is nobody to the kernel."""
     line = refused([], prefix=["setpriv", "--bounding-set", "-all", "--inh-caps", "-all"])
     assert "CAP_BPF" in line and "sudo" in line
+
+
+def test_typed_programs_that_the_kernel_refuses(tmp_path: pathlib.Path) -> None:
+    """They call what is no kfunc; then the raw ones do it, and one line says so. Elsewhere the raw ones are all."""
+    main = "from otel_tcppktlat.probe.loader.__main__ import main"
+    no_kfunc = (
+        "from otel_tcppktlat.probe.loader.program import Kfuncs; Kfuncs.of = classmethod(lambda cls, _: cls(1, 1))"
+    )
+    python = tmp_path / "python"
+    python.write_text(
+        f'#!/bin/sh\nshift 3\nexec {DISTRIBUTION_PYTHON} -I -c "{START.replace(main, f"{no_kfunc}; {main}")}" "$@"\n'
+    )
+    python.chmod(0o755)
+    customized = f"import otel_tcppktlat.probe.launch as launch\nlaunch.DISTRIBUTION_PYTHON = {str(python)!r}\n"
+    (tmp_path / "sitecustomize.py").write_text(customized)
+    variables = {"PYTHONPATH": f"{tmp_path}:{REPOSITORY}"}
+    with Receiver() as receiver, Pair() as pair:
+        arguments = ["-v", "--otlp", receiver.grpc_endpoint, "-l", str(pair.port)]
+        with Agent(tmp_path, arguments, variables) as agent:
+            agent.wait_for_stderr("otel-tcppktlat: attached")
+            pair.wait(0.002)
+            told.settle(receiver)
+            assert told.check_balance(receiver) == {"received": 1, "observed": 1, "queued": 0}
+            assert agent.stop() == 0
+        assert "flavour raw" in agent.stderr
+        refused = [line for line in agent.stderr.splitlines() if "the kernel refused program" in line]
+        assert len(refused) == len(flavours()) - 1
+        assert all("goes on with the raw flavour" in line and "16384 sockets" in line for line in refused)

@@ -2,7 +2,7 @@
 
 The request is JSON: {"bpf": folder, "flavour": "auto"|"typed"|"raw", "defines": {name: number or null},
 "bounds_ns": [...], "limits": {"series": n, "chunks": n}}. The answer is JSON, too, with the descriptors as ancillary
-data: {"flavour", "offsets", "ids", "descriptors": [name...], "seconds": {...}} or {"error": line}.
+data: {"flavour", "refused", "offsets", "ids", "descriptors": [name...], "seconds": {...}} or {"error": line}.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from . import START
 from .btf import Btf, MissingField, as_flags, offsets_from_btf, offsets_from_headers
 from .capabilities import may_load
 from .pids import HostIds, in_host_namespace
-from .program import Kfuncs, LoadError, Programs, read_source
+from .program import Kfuncs, LoadError, Programs, RefusedError, read_source
 
 MAPS = (
     "books", "processes", "series", "free_series", "identities", "histograms", "interval", "barrier",
@@ -76,15 +76,17 @@ def _check_kernel() -> None:
         raise Refusal(f"Linux {os.uname().release} is too old: it takes {oldest} or later")
 
 
-def _choose_flavour(asked: str, btf: Optional[Btf]) -> str:
-    """`typed` needs BTF and socket storage in tracing programs, which came with 5.11."""
+def _flavours(asked: str, btf: Optional[Btf]) -> list[str]:
+    """Those to try, the best first. `typed` needs BTF and socket storage in tracing programs, which came with 5.11."""
     possible = btf is not None and _kernel_version() >= (5, 11)
     if asked == "typed" and not possible:
         raise Refusal(
             "this kernel cannot have --flavour typed, which takes BTF (/sys/kernel/btf/vmlinux) and Linux 5.11: "
             "use --flavour raw"
         )
-    return asked if asked != "auto" else ("typed" if possible else "raw")
+    if asked != "auto":
+        return [asked]
+    return ["typed", "raw"] if possible else ["raw"]
 
 
 def _headers_installed() -> bool:
@@ -137,6 +139,26 @@ def _with_host_ids(defines: dict[str, Any], host_ids: Optional[HostIds]) -> dict
     return found
 
 
+def _build(
+    bcc: Any, libbpf: ct.CDLL, text: str, flags: list[str], typed_btf: Optional[Btf]
+) -> tuple[Any, Programs, float]:
+    """One flavour, loaded: the typed one with BTF, the raw one without. And when it was compiled.
+
+    Raises LoadError, and RefusedError where the other one may do.
+    """
+    kfuncs = Kfuncs.of(typed_btf) if typed_btf else None
+    its_flags = [f"-DTYPED={int(typed_btf is not None)}", *(kfuncs.flags() if kfuncs else [])]
+    try:
+        bpf = bcc.BPF(text=text, cflags=flags + its_flags)
+    except Exception as error:  # bcc raises a bare Exception
+        what = f"bcc could not compile the programs or make their maps: {error}{_memory_advice()}"
+        raise LoadError(what) from error
+    compiled = time.monotonic()
+    programs = Programs(bpf, bcc.BPF.RAW_TRACEPOINT, libbpf, typed_btf, kfuncs)
+    programs.load()
+    return bpf, programs, compiled
+
+
 def load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
     """Does what the request asks; raises Refusal, MissingField or LoadError."""
     _check_kernel()
@@ -151,7 +173,7 @@ def load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
         )
     imported = time.monotonic()
     btf = _open_btf(libbpf)
-    flavour = _choose_flavour(request["flavour"], btf)
+    flavours = _flavours(request["flavour"], btf)
 
     def compile_program(text: str, flags: list[str]) -> Any:
         return bcc.BPF(text=text, cflags=flags)
@@ -173,25 +195,21 @@ def load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
         host_ids = HostIds(compile_program, bcc.BPF.RAW_TRACEPOINT, libbpf, btf) if btf else None
         defines = _with_host_ids(defines, host_ids)
     flags = [f"-D{name}" if value is None else f"-D{name}={value}" for name, value in defines.items()]
-    flags.append(f"-DSELF_INTERRUPTING={int(_kernel_version() < (6, 1))}")
-    flags += [f"-DTYPED={int(flavour == 'typed')}", *as_flags(offsets)]
-    typed_btf = btf if flavour == "typed" else None
-    kfuncs = Kfuncs.of(typed_btf) if typed_btf else None
-    if kfuncs:
-        flags += kfuncs.flags()
+    flags += [f"-DSELF_INTERRUPTING={int(_kernel_version() < (6, 1))}", *as_flags(offsets)]
     events_fd = _create_ring_buffer(libbpf, defines["RING_BYTES"])
     flags.append(f"-DEVENTS_FD={events_fd}")
     text = read_source(pathlib.Path(request["bpf"]))
-    try:
-        bpf = bcc.BPF(text=text, cflags=flags)
-    except Exception as error:  # bcc raises a bare Exception
-        what = f"bcc could not compile the programs or make their maps: {error}{_memory_advice()}"
-        raise LoadError(what) from error
-    compiled = time.monotonic()
+    refused = ""
+    for flavour in flavours:
+        try:
+            bpf, programs, compiled = _build(bcc, libbpf, text, flags, btf if flavour == "typed" else None)
+            break
+        except RefusedError as error:
+            if flavour == flavours[-1]:
+                raise
+            refused = str(error).splitlines()[0]
     names = (*MAPS, "served") if request["defines"]["SERVE"] else MAPS
     maps = {"events": events_fd, **{name: int(bpf[name].map_fd) for name in names}}
-    programs = Programs(bpf, bcc.BPF.RAW_TRACEPOINT, libbpf, typed_btf, kfuncs)
-    programs.load()
     bounds_ns = request["bounds_ns"] + [NEVER_NS] * (BOUNDS - len(request["bounds_ns"]))
     libbpf.bpf_map_update_elem.argtypes = [ct.c_int, ct.c_char_p, ct.c_char_p, ct.c_uint64]
     _fill(libbpf, bpf["bounds"].map_fd, bytes(4), struct.pack(f"<{BOUNDS}Q", *bounds_ns))
@@ -211,6 +229,7 @@ def load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
     }
     answer = {
         "flavour": flavour,
+        "refused": refused,
         "offsets": source,
         "ids": ids,
         "descriptors": list(descriptors),
