@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="?",
         type=_whole(0, 10**12),
         metavar="MIN_US",
-        help="only pickups that waited so many us as rows and spans",
+        help="rows: only pickups that waited so many us; spans: all of them",
     )
     add("-p", "--pid", type=pid, metavar="PID", help="process to trace")
     add("-t", "--tid", type=pid, metavar="TID", help="thread to trace")

@@ -1,4 +1,4 @@
-"""The agent as deploy/ starts it: installed in /opt, under each grant, nothing but /tmp to write to, and exporting."""
+"""The agent as deploy/ starts it: installed in /opt, under each grant, nothing to write to, and exporting."""
 
 from __future__ import annotations
 
@@ -24,15 +24,14 @@ from telemetry.told import DURATION, eventually
 WAITS_S = (0.03, 0.06)
 NODE = "node-1"
 POD = manifests()["DaemonSet"]["spec"]["template"]["spec"]
-TMP_BYTES, MEMORY_BYTES = 16 << 20, 384 << 20
+MEMORY_BYTES = 384 << 20
 
-# A mount namespace as a container's or a unit's: / is read-only, /tmp small, and /opt the installation.
+# A mount namespace as a container's or a unit's: / is read-only, and /opt the installation.
 _CONFINE = """
 mount --bind "$1" /opt
-mount -t tmpfs -o size="$2",mode=1777 tmpfs /tmp
-echo $$ > "$3"
+echo $$ > "$2"
 mount -o remount,bind,ro /
-shift 3
+shift 2
 exec "$@"
 """
 
@@ -81,7 +80,7 @@ def test_the_pod_has_what_the_agent_needs_and_no_more() -> None:
     assert {name: POD[name] for name in POD if name.startswith("host")} == {"hostPID": True}
     assert POD["automountServiceAccountToken"] is False
     agent = container("agent")
-    assert agent["volumeMounts"] == [{"name": "tmp", "mountPath": "/tmp"}]
+    assert "volumeMounts" not in agent
     assert agent["resources"]["limits"] == {"memory": f"{MEMORY_BYTES >> 20}Mi"}
     assert agent["securityContext"] == {
         "runAsUser": 0,
@@ -92,10 +91,7 @@ def test_the_pod_has_what_the_agent_needs_and_no_more() -> None:
         "seccompProfile": {"type": "RuntimeDefault"},
     }
     assert container("collector")["volumeMounts"] == [{"name": "config", "mountPath": "/etc/otelcol", "readOnly": True}]
-    assert POD["volumes"] == [
-        {"name": "tmp", "emptyDir": {"sizeLimit": f"{TMP_BYTES >> 20}Mi"}},
-        {"name": "config", "configMap": {"name": "collector"}},
-    ]
+    assert POD["volumes"] == [{"name": "config", "configMap": {"name": "collector"}}]
     assert [one["name"] for one in POD["containers"]] == ["agent", "collector"] and "initContainers" not in POD
 
 
@@ -106,7 +102,7 @@ def test_what_the_unit_starts_is_what_the_image_starts() -> None:
 
 @pytest.mark.parametrize("name", GRANTS)
 def test_it_exports_through_the_daemonsets_collector(tmp_path: pathlib.Path, opt: pathlib.Path, name: str) -> None:
-    """Histogram and spans arrive at the gateway; all that it writes fits into /tmp, all memory into the pod's limit."""
+    """Histogram and spans arrive at the gateway; it can write nothing, and all memory fits into the pod's limit."""
     configuration = yaml.safe_load(manifests()["ConfigMap"]["data"]["config.yaml"])
     with contextlib.ExitStack() as stack:
         gateway = stack.enter_context(Receiver())
@@ -123,7 +119,6 @@ def test_it_exports_through_the_daemonsets_collector(tmp_path: pathlib.Path, opt
             _CONFINE,
             "sh",
             str(opt),
-            str(TMP_BYTES),
             f"{cgroup}/cgroup.procs",
         ]
         become = [*GRANTS[name].command(), "env", "--chdir=/", *unit()["ExecStart"], "-v", "-l", str(port)]
