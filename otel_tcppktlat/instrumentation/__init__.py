@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection
 from typing import Any
 
@@ -9,6 +10,8 @@ from opentelemetry.instrumentation.instrumentor import BaseInstrumentor  # type:
 
 from .service import Service, at_fork
 from .settings import read_settings
+
+_log = logging.getLogger(__name__)
 
 
 class TcpReceiveQueueInstrumentor(BaseInstrumentor):  # type: ignore[misc]
@@ -27,12 +30,16 @@ class TcpReceiveQueueInstrumentor(BaseInstrumentor):  # type: ignore[misc]
         return ()
 
     def _instrument(self, **kwargs: Any) -> None:
-        """Takes `tracer_provider` and `meter_provider`; without them the global ones count."""
-        if not self._follows_forks:
-            self._follows_forks = True
-            at_fork(lambda: self._service)
-        self._service = Service(read_settings(), kwargs.get("tracer_provider"), kwargs.get("meter_provider"))
-        self._service.start()
+        """Takes `tracer_provider` and `meter_provider`; without them the global ones count. Raises nothing."""
+        try:
+            if not self._follows_forks:
+                self._follows_forks = True
+                at_fork(lambda: self._service)
+            self._service = Service(read_settings(), kwargs.get("tracer_provider"), kwargs.get("meter_provider"))
+            self._service.start()
+        except Exception as error:  # whatever it is, the application goes on, and so do its other instrumentations
+            self._service = None
+            _log.warning("receive-queue waits are not measured: %r", error)
 
     def _uninstrument(self, **kwargs: Any) -> None:
         service, self._service = self._service, None

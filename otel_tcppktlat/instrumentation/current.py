@@ -120,8 +120,10 @@ class CurrentSpans:
         self._runtime = runtime
 
     def stop(self) -> bool:
-        """Puts them back; False if somebody else has replaced them since: then they stay, and nobody reads the log."""
+        """Puts them back; False if nothing was begun, or somebody has replaced them: they stay, and nobody reads it."""
         runtime, self._runtime = self._runtime, None
+        if runtime is None:
+            return False
         ours = all(vars(runtime).get(name) is each for name, each in self._ours.items())
         if ours:
             for name, before in self._before.items():
@@ -185,7 +187,9 @@ class CurrentSpans:
     def _thread_ended(self, thread: _Thread) -> None:
         if self._threads.get(thread.tid) is thread:
             del self._threads[thread.tid]
-            thread.changes = deque(thread.changes, 3 * REMEMBERED_ENDED)
+            changes = deque(thread.changes, 3 * REMEMBERED_ENDED)
+            changes.extend((time.monotonic_ns(), 0, _FORGOTTEN))  # the next one of this number has attached nothing
+            thread.changes = changes
             self._ended.append(thread)
 
     def forked(self) -> None:

@@ -96,9 +96,14 @@ class ReceiveHistogram:
         self._observed: MeterProvider | None = None
         self._exemplars_wanted = os.environ.get(EXEMPLAR_FILTER, "").strip().lower() != "always_off"
         self._stopped = False
+        self._lock = threading.Lock()  # of the readers
 
     def attach(self) -> bool:
         """Wraps the readers that are there and not wrapped yet. False if there is no SDK yet."""
+        with self._lock:
+            return self._stopped or self._attach()
+
+    def _attach(self) -> bool:
         provider = self._provider or metrics.get_meter_provider()
         readers = getattr(provider, "_metric_readers", None)
         if readers is None:
@@ -115,15 +120,16 @@ class ReceiveHistogram:
 
     def detach(self) -> None:
         """Gives the readers their own callbacks back."""
-        self._stopped = True
-        for reader, state in self._readers.items():
-            if reader._collect is state.ours:
-                reader._set_collect_callback(state.inner)
-        self._readers.clear()
+        with self._lock:
+            self._stopped = True
+            for reader, state in self._readers.items():
+                if reader._collect is state.ours:
+                    reader._set_collect_callback(state.inner)
+            self._readers.clear()
 
     def forked(self, books: ProcessBooks) -> None:
         """In a child, with its own books."""
-        self._books = books
+        self._books, self._lock = books, threading.Lock()
         for state in self._readers.values():
             state.collected, state.exemplars = {}, {}
 
@@ -195,7 +201,7 @@ class ReceiveHistogram:
                 span_id=each.context.span_id,
                 trace_id=each.context.trace_id,
             )
-            for state in self._readers.values():
+            for state in [*self._readers.values()]:
                 by_bucket = state.exemplars.setdefault(each.attributes, {})
                 known = by_bucket.get(each.event.bucket)
                 if known is None or known.value < exemplar.value:

@@ -44,16 +44,16 @@ class OwnAgent:
     def __init__(self) -> None:
         """Listens. OSError."""
         self.address = f"\0otel-tcppktlat-{secrets.token_hex(16)}"
-        self._listener: socket.socket | None = socket.socket(socket.AF_UNIX)
-        self._listener.bind(self.address)
-        self._listener.listen(BACKLOG)
-        self._theirs, self._ours = os.pipe2(os.O_CLOEXEC)
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(self.address)
+        listener.listen(BACKLOG)
+        theirs, ours = os.pipe2(os.O_CLOEXEC)
+        self._theirs, self._ours = [listener.detach(), theirs], [ours]  # emptied by whoever closes them first
         self._errors = tempfile.TemporaryFile()
 
     def start(self) -> None:
         """Starts it; it leaves this process's children at once. Raises OSError if it cannot be started."""
-        assert self._listener
-        descriptors = self._listener.fileno(), self._theirs
+        descriptors = tuple(self._theirs)
         environment = {
             name: value for name, value in os.environ.items() if not name.startswith("OTEL_") or name == AGGREGATION
         }
@@ -87,13 +87,15 @@ class OwnAgent:
 
     def forked(self) -> None:
         """Closes what only the agent shall hold: then a connection is refused once it has ended."""
-        if self._listener:
-            self._listener.close()
-            self._listener = None
-            with contextlib.suppress(OSError):
-                os.close(self._theirs)
+        _close(self._theirs)
 
     def end(self) -> None:
-        """Lets go of it: it ends when nobody is left."""
+        """Lets go of it: it ends when nobody is left. Safe to call twice, and from two threads."""
         self.forked()
-        os.close(self._ours)
+        _close(self._ours)
+
+
+def _close(descriptors: list[int]) -> None:
+    with contextlib.suppress(IndexError):
+        while True:
+            os.close(descriptors.pop())

@@ -48,7 +48,7 @@ class Service:
         self._histogram = ReceiveHistogram(meter_provider, self._books, self.refresh, self._suppressed)
         self._own_agent: OwnAgent | None = None
         self._own_agent_starts = False
-        self._complained = False
+        self._complained = self._was_served = False
         self._begin()
 
     def _begin(self) -> None:
@@ -59,7 +59,15 @@ class Service:
         self._thread = threading.Thread(target=self._run, name="otel-tcppktlat", daemon=True)
 
     def start(self) -> None:
-        """Watches the current span from now on, and looks for an agent."""
+        """Watches the current span from now on, and looks for an agent. What it raises leaves everything as it was."""
+        try:
+            self._start()
+        except BaseException:
+            self._own_agent_starts = False  # there is no thread that would start it
+            self.stop()
+            raise
+
+    def _start(self) -> None:
         self._current.start()
         self._histogram.attach()
         if self._settings.load and not is_served(self._settings.socket) and may_load():
@@ -154,7 +162,7 @@ class Service:
                 return Connection(address, self._settings.from_ns, self._settings.pause_ns, answer_s)
             except (OSError, ValueError, ProtocolError) as error:
                 reasons.append(getattr(error, "strerror", None) or str(error))
-        if self._own_agent and (trouble := self._own_agent.trouble()):
+        if self._own_agent and not self._was_served and (trouble := self._own_agent.trouble()):
             self._complain(trouble)
         else:
             self._complain(
@@ -170,14 +178,13 @@ class Service:
 
     def _listen(self, connection: Connection) -> None:
         """Until the agent is gone."""
-        self._connection = connection
+        self._connection, self._was_served = connection, True
         _log.info("receive-queue waits are measured")
         try:
             self._take_totals(connection)
             self._tried.set()
             while not self._stopping.is_set():
-                if not self._histogram.attach():
-                    connection.wait(LOOK_FOR_SDK_S)
+                if not self._histogram.attach() and not connection.has_news(LOOK_FOR_SDK_S):
                     continue
                 late, totals = connection.hear()
                 if late or totals:

@@ -40,6 +40,15 @@ def monotonic_offset_ns() -> int:
     return 0
 
 
+def _own_names() -> tuple[bytes, bytes]:
+    """The executable's file name and the process's name, as the kernel cuts them; empty where there is no /proc."""
+    try:
+        executable = os.path.basename(os.readlink("/proc/self/exe")).removesuffix(" (deleted)")
+        return executable.encode()[:63], pathlib.Path("/proc/self/comm").read_bytes().rstrip(b"\n")
+    except OSError:
+        return b"", b""
+
+
 def _series_of(event: Event, executable: bytes, comm: bytes) -> Series:
     client = event.role == ROLE_CLIENT
     key = SeriesKey(
@@ -55,9 +64,7 @@ class ReceiveSpans:
     def __init__(self, tracer: Tracer, current: CurrentSpans, attributes: Sequence[str]) -> None:
         self._tracer, self._current, self._names = tracer, current, attributes
         self._offset_ns = monotonic_offset_ns()
-        executable = os.readlink("/proc/self/exe").removesuffix(" (deleted)")
-        self._executable = os.path.basename(executable).encode()[:63]
-        self._comm = pathlib.Path("/proc/self/comm").read_bytes().rstrip(b"\n")
+        self._executable, self._comm = _own_names()
 
     def make(self, events: Sequence[Event]) -> list[MadeSpan]:
         """Starts and ends a span for each; returns those that are sampled."""

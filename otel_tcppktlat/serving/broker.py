@@ -7,6 +7,7 @@ of memory of its own, of which it gets a read-only descriptor.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import pathlib
@@ -54,7 +55,7 @@ class _Client:
     pid: int
     uid: int
     gid: int
-    pidfd: int
+    pidfd: int  # readable when the process has ended: its number may be another one's then
     deadline_s: float
     received: bytes = b""
     area: AreaWriter | None = None
@@ -74,21 +75,23 @@ class _Client:
         return True
 
 
-def _credentials(pid: int) -> tuple[int, int] | None:
-    """The effective uid and gid of a process; None if they cannot be read."""
+def _credentials(pid: int) -> tuple[set[int], set[int]] | None:
+    """The uids and gids of a process, real, effective, saved and the file system's; None if they cannot be read."""
     try:
         lines = pathlib.Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
         return None
     found = {name: values.split() for name, _, values in (line.partition(":") for line in lines)}
-    return int(found["Uid"][1]), int(found["Gid"][1])
+    return {*map(int, found["Uid"])}, {*map(int, found["Gid"])}
 
 
 def _pidfd(sock: socket.socket, pid: int) -> int:
     """The process of the other end. Before Linux 6.5 whoever has its number now, a moment later."""
     try:
         return sock.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
-    except OSError:
+    except OSError as error:
+        if error.errno != errno.ENOPROTOOPT:
+            raise
         return os.pidfd_open(pid)
 
 
@@ -121,7 +124,7 @@ class Broker:
         """Takes an event of a process that is served; flush() tells the process."""
         with self._lock:
             client = self._served.get(event.tgid)
-            if client and client.area:
+            if client and client.area and not _ended(client.pidfd):
                 client.area.add(event)
                 client.late = True
 
@@ -163,7 +166,10 @@ class Broker:
             if key.fileobj is self._listener:
                 self._accept(now_s)
             elif key.data in self._clients:
-                self._receive(key.data)
+                if key.fileobj is key.data.sock:
+                    self._receive(key.data)
+                else:
+                    self._drop(key.data)
         for client in [client for client in self._clients if not client.area and now_s >= client.deadline_s]:
             self._drop(client)
         if now_s >= self._refreshed_s + self._pause_s and any(client.waiting for client in self._clients):
@@ -199,6 +205,7 @@ class Broker:
             return
         self._clients.add(client)
         self._selector.register(sock, selectors.EVENT_READ, client)
+        self._selector.register(pidfd, selectors.EVENT_READ, client)
 
     def _of_user(self, uid: int) -> int:
         return sum(client.uid == uid for client in self._clients)
@@ -247,10 +254,8 @@ class Broker:
         found = _credentials(client.pid)
         if found is None and not _ended(client.pidfd):
             raise ProtocolError("the agent cannot read your process in /proc: is that mounted with hidepid?")
-        if _ended(client.pidfd) or found != (client.uid, client.gid):
+        if _ended(client.pidfd) or found != ({client.uid}, {client.gid}):
             raise ProtocolError("the process that connected is another one now")
-        os.close(client.pidfd)
-        client.pidfd = -1
         client.waiting = True
 
     def _refresh(self) -> None:
@@ -276,7 +281,7 @@ class Broker:
         if client.process is None:
             client.process = self._probe.living_process(client.pid)
             # Found and then still served: the kernel has not seen it exec or end before.
-            if client.process is not None and client.pid not in self._probe.served():
+            if client.process is not None and (client.pid not in self._probe.served() or _ended(client.pidfd)):
                 client.process = None
         with self._lock:
             if client.area:
@@ -304,9 +309,8 @@ class Broker:
     def _drop(self, client: _Client) -> None:
         self._clients.discard(client)
         self._selector.unregister(client.sock)
+        self._selector.unregister(client.pidfd)
         client.sock.close()
-        if client.pidfd >= 0:
-            os.close(client.pidfd)
         with self._lock:
             if self._served.get(client.pid) is client:
                 del self._served[client.pid]
@@ -315,6 +319,7 @@ class Broker:
             if client.area:
                 client.area.close()
                 client.area = None
+            os.close(client.pidfd)
 
     def close(self) -> None:
         """Writes everybody's totals a last time, and hangs up."""

@@ -81,9 +81,11 @@ class Connection:
             raise ConnectionResetError("the agent hung up")
         return LATE in data, REFRESH in data
 
-    def wait(self, timeout_s: float) -> None:
-        """Until there is something to hear, or for so long."""
-        select.select([self._sock], [], [], timeout_s)
+    def has_news(self, timeout_s: float) -> bool:
+        """Waits until there is something to hear, or for so long: is there?"""
+        poll = select.poll()
+        poll.register(self._sock, select.POLLIN)
+        return bool(poll.poll(timeout_s * 1e3))
 
     def interrupt(self) -> None:
         """Has hear() raise OSError in whichever thread waits there."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 import signal
 import socket
@@ -13,6 +14,7 @@ import pytest
 
 from instrumentation.programs import Script, by_instance, environment
 from otel_tcppktlat.demo.receiver import Receiver, SpanRecord
+from otel_tcppktlat.instrumentation.own_agent import OwnAgent
 from support.agent import Agent
 from telemetry.told import DURATION, eventually
 
@@ -123,6 +125,19 @@ def own_agents() -> set[int]:
         except OSError:
             continue
     return found
+
+
+def test_letting_go_twice_closes_nothing_else() -> None:
+    """Descriptors' numbers are given away again at once."""
+    own = OwnAgent()
+    own.end()
+    others = os.pipe(), os.pipe()
+    own.end()
+    for ends in others:
+        os.write(ends[1], b"x")
+        assert os.read(ends[0], 1) == b"x"
+        for fd in ends:
+            os.close(fd)
 
 
 def test_who_may_load_loads_for_itself(receiver: Receiver, tmp_path: pathlib.Path) -> None:

@@ -7,11 +7,13 @@ import logging
 import os
 import pathlib
 import subprocess
+import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from opentelemetry import context, trace
+from opentelemetry import context, metrics, trace
 from opentelemetry.instrumentation.utils import suppress_instrumentation
 from opentelemetry.sdk.metrics import Histogram, MeterProvider
 from opentelemetry.sdk.metrics.export import AggregationTemporality, HistogramDataPoint, InMemoryMetricReader
@@ -25,6 +27,7 @@ from otel_tcppktlat.demo.receiver import Receiver
 from otel_tcppktlat.instrumentation import TcpReceiveQueueInstrumentor
 from otel_tcppktlat.instrumentation.settings import PluginSettings, read_settings
 from otel_tcppktlat.series import DEFAULT_ATTRIBUTES
+from otel_tcppktlat.serving.connection import Connection
 from telemetry.told import DURATION, Listener, deliver, eventually
 
 CUMULATIVE, DELTA = AggregationTemporality.CUMULATIVE, AggregationTemporality.DELTA
@@ -39,6 +42,7 @@ class Instrumented:
         monkeypatch: pytest.MonkeyPatch,
         *readers: InMemoryMetricReader,
         sampler: Sampler = ALWAYS_ON,
+        meter_provider: metrics.MeterProvider | None = None,
         **variables: str,
     ) -> None:
         settings = {"SOCKET": str(agent), "LOAD": "false", "THRESHOLD": "10", **variables}
@@ -49,10 +53,11 @@ class Instrumented:
         self.traces.add_span_processor(SimpleSpanProcessor(self.exporter))
         self.tracer = self.traces.get_tracer("test")
         self.metrics = MeterProvider(readers, shutdown_on_exit=False)
+        self.meter_provider = meter_provider or self.metrics
         self.plugin = TcpReceiveQueueInstrumentor()
 
     def __enter__(self) -> Instrumented:
-        self.plugin.instrument(tracer_provider=self.traces, meter_provider=self.metrics)
+        self.plugin.instrument(tracer_provider=self.traces, meter_provider=self.meter_provider)
         eventually(lambda: self.plugin._service and self.plugin._service._connection, what="no agent")
         return self
 
@@ -208,6 +213,69 @@ def test_no_span_at_all(serving: pathlib.Path, monkeypatch: pytest.MonkeyPatch, 
         deliver(sender, reading, 0.02)
         (point,) = points(reader, listener.port)
         assert point.count == 1 and not point.exemplars and it.receives() == []
+
+
+def test_spans_without_an_sdk_for_metrics(
+    serving: pathlib.Path, monkeypatch: pytest.MonkeyPatch, listener: Listener
+) -> None:
+    """They come at once; and in between, the plugin's thread waits."""
+    asked: list[float] = []
+    has_news = Connection.has_news
+
+    def counting(connection: Connection, timeout_s: float) -> bool:
+        asked.append(timeout_s)
+        return has_news(connection, timeout_s)
+
+    monkeypatch.setattr(Connection, "has_news", counting)
+    sender, reading = listener.connect()
+    with Instrumented(serving, monkeypatch, meter_provider=metrics.NoOpMeterProvider()) as it:
+        for count in (1, 2):
+            with it.tracer.start_as_current_span("work"):
+                deliver(sender, reading, 0.02 * count)
+            eventually(lambda count=count: len(it.receives()) == count)  # type: ignore[misc]
+        asked.clear()
+        time.sleep(0.5)
+        assert sum(asked[:-1]) <= 0.5
+
+
+def test_whatever_it_raises_is_nobodys(
+    serving: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No thread can be started: one line says so, and everything is as it was."""
+    before = dict(vars(context._RUNTIME_CONTEXT))
+
+    def refuse(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setenv("OTEL_PYTHON_TCPPKTLAT_SOCKET", str(serving))
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    plugin = TcpReceiveQueueInstrumentor()
+    plugin.instrument()
+    plugin.uninstrument()
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("otel_tcppktlat")] == [
+        """receive-queue waits are not measured: RuntimeError("can't start new thread")"""
+    ]
+    assert dict(vars(context._RUNTIME_CONTEXT)) == before
+
+
+def test_without_proc(serving: pathlib.Path, receiver: Receiver, tmp_path: pathlib.Path) -> None:
+    """As in a chroot: no name of the program, and all the rest."""
+    hidden = [
+        "unshare",
+        "--mount",
+        "--propagation",
+        "private",
+        "sh",
+        "-c",
+        'mount -t tmpfs none /proc && exec "$@"',
+        "sh",
+    ]
+    with Script(
+        tmp_path, environment(serving, receiver.http_endpoint), ["served", "span:0.02", "flush"], hidden
+    ) as script:
+        assert script.process.wait(60) == 0, script.said
+    assert "Traceback" not in script.said
+    assert {span.name for span in receiver.spans()} == {"work", "tcp receive"}
 
 
 def test_attributes_of_choice(serving: pathlib.Path, monkeypatch: pytest.MonkeyPatch, listener: Listener) -> None:

@@ -30,6 +30,7 @@ for _ in range(2):
     reader.recv(100, socket.MSG_PEEK)
     time.sleep(0.02)
     os.write(int(sys.argv[2]), b"%d" % len(reader.recv(100)))
+os.read(int(sys.argv[3]), 1)
 """
 
 
@@ -184,13 +185,18 @@ class Caller:
         os.waitpid(child, 0)
 
     def execute(self) -> bytes:
-        """This process becomes another program, which reads late; a child goes on here with a copy of all."""
+        """This process becomes another program, which reads late; a child goes on here with a copy of all.
+
+        The program is there as long as the child is.
+        """
         sender, reader = self._pair
-        done = os.pipe()
+        done, held = os.pipe(), os.pipe()
         if os.fork():
-            for fd in (reader.fileno(), done[1]):
+            its = reader.fileno(), done[1], held[0]
+            for fd in its:
                 os.set_inheritable(fd, True)
-            os.execv(sys.executable, [sys.executable, "-c", _LATE_READER, str(reader.fileno()), str(done[1])])
+            os.execv(sys.executable, [sys.executable, "-c", _LATE_READER, *map(str, its)])
+        os.close(held[0])
         answers = []
         for _ in range(2):
             sender.sendall(b"x" * 10)

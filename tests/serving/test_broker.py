@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import mmap
 import os
 import pathlib
+import select
 import socket
 
 import pytest
@@ -15,7 +17,7 @@ from otel_tcppktlat.serving.broker import LEAST_FROM_NS, MOST_OF_A_USER
 from otel_tcppktlat.serving.connection import Connection
 from otel_tcppktlat.serving.protocol import MOST_GREETING_BYTES
 from serving.callers import MS, Caller
-from support.agent import Agent
+from support.agent import LONG_S, Agent
 from telemetry.told import eventually
 
 Serving = tuple[Agent, pathlib.Path]
@@ -122,6 +124,24 @@ def test_a_child_is_not_seen_through_its_parents_socket(serving: Serving) -> Non
         caller.tell(Caller.read_in_a_child)
         assert [row[1] for row in caller.tell(Caller.refresh)[0]] == [1]
         assert [tgid for tgid, *_ in caller.tell(Caller.late)] == [caller.pid]
+
+
+def test_a_process_that_has_ended_is_hung_up_on(serving: Serving) -> None:
+    """Although a child of it holds its socket: its number may soon be another process's."""
+    told, tells = os.pipe()
+    process = os.fork()
+    if not process:
+        connection = Connection(str(serving[1]), MS, 0, 20)
+        if not os.fork():
+            with contextlib.suppress(OSError):
+                while True:
+                    connection.hear()
+            os.write(tells, b"hung up")
+        os._exit(0)
+    os.waitpid(process, 0)
+    os.close(tells)
+    assert select.select([told], [], [], LONG_S)[0] and os.read(told, 100) == b"hung up"
+    os.close(told)
 
 
 def test_a_second_connection_takes_over(serving: Serving) -> None:

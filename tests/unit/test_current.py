@@ -98,6 +98,20 @@ def test_each_thread_has_its_own_even_when_it_has_ended(current: CurrentSpans) -
     assert current.at(1, time.monotonic_ns()) is None
 
 
+def test_what_a_thread_left_attached_ends_with_it(current: CurrentSpans) -> None:
+    """The kernel gives its number away again, and who has it then may attach nothing."""
+    moments: list[Moments] = []
+
+    def run() -> None:
+        moments.append(Moments())
+        context.attach(trace.set_span_in_context(remote(7)))
+        moments[0].now()
+
+    in_thread(run)
+    assert moments[0].found(current) == moments[0].said() and moments[0].found(current)[0]
+    assert current.at(moments[0].tid, time.monotonic_ns()) is None
+
+
 def test_no_more_is_remembered_than_there_is_room_for(current: CurrentSpans) -> None:
     """Before that, nothing is known: no span, and none that came later."""
     moments = Moments()
