@@ -94,6 +94,8 @@ static inline int after(u32 a, u32 b) { return (s32)(a - b) > 0; }
 /* 1 if a < b, else 0, of numbers whose difference fits 63 bits; no branch, and no sign mask: 6.18 forks on those as well. */
 static inline u64 is_less(u64 a, u64 b) {
   u64 difference = a - b;
-  KEEP(difference); /* or clang makes a branch of it */
-  return difference >> 63;
+  KEEP(difference); /* or clang makes a branch of it; LLVM 19 of what is made of the result, too */
+  u64 less = difference >> 63;
+  KEEP(less);
+  return less;
 }

@@ -39,7 +39,7 @@ struct queue {
   u16 outcome, role;         /* OBSERVED, OWN or FILTERED; ROLE_* */
   struct entry e[INLINE];    /* the first one is in these 64 bytes, too */
   u64 told_ns; /* from this wait on, user space hears of a pickup of this reader; with SERVE */
-  u32 spill_head, spill_tail;   /* positions in the chain of chunks, whole chunks counted */
+  u32 spill_head, spill_tail;   /* positions in the chain of chunks, from the beginning of its first one */
   u32 first_chunk, last_chunk;  /* of that chain */
   u32 spilled, base;            /* segments in it; initial sequence number of the connection */
   u32 gap_first, gap_last;      /* chunks of runs behind a gap, by sequence; valid while gap_runs is not 0 */

@@ -225,7 +225,7 @@ static inline int drain_queue(u64 *ctx, struct queue *q, int again) {
   u32 segments = q->segments;
   if (!noted) return 0;
   for (u32 round = 0; round < DRAIN_CHUNKS; round++) { KEEP(round);
-    u32 number = q->first_chunk, limit = (q->spill_head | (CHUNK - 1)) + 1;
+    u32 number = q->first_chunk, limit = CHUNK;
     struct chunk *c = chunk_at(number);
     if (!c) break;
     if (limit > q->spill_tail) limit = q->spill_tail;
@@ -250,6 +250,8 @@ static inline int drain_queue(u64 *ctx, struct queue *q, int again) {
       q->cold &= ~COLD_SPILL;
       break;
     }
+    q->spill_head = 0;
+    q->spill_tail -= CHUNK;
   }
   q->spilled -= q->segments - segments;
   if (more) adjust_tails.call(ctx, again);
