@@ -39,6 +39,7 @@ _STEADY = 10  # failures of one kind, or whole deliveries, in a row, after which
 _TOO_LARGE = re.compile(r"(larger|bigger) than|too (large|big)|exceed.*(size|limit of [0-9]+ bytes)", re.IGNORECASE)
 _LONGEST_REASON = 250
 _SHORTEST_SECRET = 4
+_MOST_KINDS = 16  # of failures that are told apart
 
 _log = logging.getLogger(__name__)
 
@@ -59,10 +60,10 @@ class Failure:
 
     @property
     def kind(self) -> str:
-        """The same for the same trouble: a receiver's own word, or a library's without ports, times and addresses."""
+        """The same for the same trouble: a receiver's own word, or a library's without ports, times, addresses, ids."""
         if self.code in _FROM_A_RECEIVER:
             return str(self.code)
-        return f"{self.code} " + _without_numbers(self.detail)
+        return f"{self.code} " + _kind(self.detail)
 
     @property
     def of_size(self) -> bool:
@@ -93,8 +94,8 @@ class Ended:
     abandoned: bool = False
 
 
-def _without_numbers(text: str) -> str:
-    return re.sub(r"0x[0-9a-f]+|[0-9]+", "", text)
+def _kind(text: str) -> str:
+    return " ".join(word for word in text.split() if not any(character.isdigit() for character in word))
 
 
 @dataclass(frozen=True)
@@ -285,8 +286,10 @@ class Watch:
                 self._rejections.clear()
             return
         self._whole_in_a_row = 0
-        kind = _without_numbers(ended.message)
-        if kind not in self._rejections and not self._over:
+        kind = _kind(ended.message)
+        if kind in self._rejections or len(self._rejections) >= _MOST_KINDS:
+            return
+        if not self._over:
             what = f"{ended.rejected} {'spans' if target.signal == 'traces' else 'data points'}"
             said = _short(target.without_secrets(ended.message)) or "it does not say why"
             refuses = f"refuses {what} for good, which are dropped" if ended.rejected else "takes all, and warns"
@@ -326,6 +329,8 @@ class Watch:
             if kind in self._explained:
                 if self._in_a_row >= _STEADY:
                     self._explained = {kind: self._explained[kind]}
+                return
+            if len(self._explained) >= _MOST_KINDS:
                 return
         reason = explain(target, failure)  # without the lock: it may take a while
         with self._lock:

@@ -22,7 +22,7 @@ from . import START
 from .btf import Btf, MissingField, as_flags, offsets_from_btf, offsets_from_headers
 from .capabilities import may_load
 from .pids import HostIds, in_host_namespace
-from .program import Kfuncs, LoadError, Programs, RefusedError, read_source
+from .program import Kfuncs, LoadError, Programs, read_source
 
 MAPS = (
     "books", "processes", "series", "free_series", "identities", "histograms", "interval", "barrier",
@@ -144,7 +144,7 @@ def _build(
 ) -> tuple[Any, Programs, float]:
     """One flavour, loaded: the typed one with BTF, the raw one without. And when it was compiled.
 
-    Raises LoadError, and RefusedError where the other one may do.
+    Raises LoadError or MissingField; the other one may do.
     """
     kfuncs = Kfuncs.of(typed_btf) if typed_btf else None
     its_flags = [f"-DTYPED={int(typed_btf is not None)}", *(kfuncs.flags() if kfuncs else [])]
@@ -204,10 +204,10 @@ def load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
         try:
             bpf, programs, compiled = _build(bcc, libbpf, text, flags, btf if flavour == "typed" else None)
             break
-        except RefusedError as error:
+        except (LoadError, MissingField) as error:
             if flavour == flavours[-1]:
                 raise
-            refused = str(error).splitlines()[0]
+            refused = f"the {flavour} flavour cannot be had here ({str(error).splitlines()[0]})"
     names = (*MAPS, "served") if request["defines"]["SERVE"] else MAPS
     maps = {"events": events_fd, **{name: int(bpf[name].map_fd) for name in names}}
     bounds_ns = request["bounds_ns"] + [NEVER_NS] * (BOUNDS - len(request["bounds_ns"]))

@@ -53,15 +53,6 @@ class LoadError(Exception):
     """The kernel or the compiler refused; the message says what."""
 
 
-class RefusedError(LoadError):
-    """The kernel refused a program: its verifier, or for want of something that the program takes."""
-
-    @classmethod
-    def of(cls, hook: Hook, why: str) -> RefusedError:
-        """This program, in the message's first line."""
-        return cls(f"the kernel refused program {hook.function}: {why}")
-
-
 class _LoadOptions(ct.Structure):
     """struct bpf_prog_load_opts of libbpf 1.x."""
 
@@ -124,7 +115,7 @@ class Programs:
         self.descriptors: dict[str, int] = {}
 
     def load(self) -> None:
-        """Loads every program, and fills the tables of tail calls. Raises RefusedError, with the end of a log."""
+        """Loads every program and fills the tables of tail calls. Raises LoadError with the verifier's last lines."""
         for hook in HOOKS:
             if hook.typed_only and not self._btf:
                 continue
@@ -150,7 +141,7 @@ class Programs:
         try:
             return int(self._bpf.load_func(hook.function, self._raw_tracepoint).fd)
         except Exception as error:  # bcc raises a bare Exception
-            raise RefusedError.of(hook, str(error)) from error
+            raise LoadError(f"the kernel refused program {hook.function}: {error}") from error
 
     def _load_typed(self, hook: Hook, btf: Btf) -> int:
         code: bytes = self._bpf.dump_func(hook.function)
@@ -175,5 +166,5 @@ class Programs:
             options.log_level, options.log_size, options.log_buf = 1, len(log), ct.addressof(log)
             fd = load()
             if fd < 0:
-                raise RefusedError.of(hook, f"{reason}\n{log.value.decode()[-2000:]}")
+                raise LoadError(f"the kernel refused program {hook.function}: {reason}\n{log.value.decode()[-2000:]}")
         return fd
