@@ -161,16 +161,22 @@ def lines_about(scene: Scene, text: str) -> list[str]:
 
 
 def test_partial_success(scene: Scene) -> None:
-    """What the receiver takes a request without is not sent again, is counted, and one line says why."""
+    """What the receiver takes a request without is not sent again, is counted, and one line says why, once."""
     sender, reader = scene.listener.connect()
     before = {name: told.number(scene.receiver, name) for name in (told.REJECTED, told.DROPPED)}
     spans_before = len(scene.receiver.spans())
     observed = told.check_balance(scene.receiver)["observed"]
-    scene.receiver.answer_with(PartialSuccess(1, "point 7 of tenant 12 is\nodd"), signal="metrics", count=3)
+
+    def answered(times: int) -> None:
+        scene.receiver.wait_for(lambda seen: sum(one.answer == "partial_success" for one in seen.requests) == times, 60)
+
+    for number, request in enumerate(("1f0e-ab", "c0ffee-d4", "9ad7-b"), 1):
+        message = f"point 7 of tenant 12, request {request}, is\nodd"
+        scene.receiver.answer_with(PartialSuccess(1, message), signal="metrics", count=1)
+        answered(number)
     scene.receiver.answer_with(PartialSuccess(1, "span 8 is odd"), signal="traces", count=1)
-    scene.receiver.wait_for(lambda seen: sum(one.answer == "partial_success" for one in seen.requests) == 3, 60)
     deliver(sender, reader)
-    scene.receiver.wait_for(lambda seen: sum(one.answer == "partial_success" for one in seen.requests) == 4, 60)
+    answered(4)
     scene.settle()
     assert told.number(scene.receiver, told.REJECTED) == before[told.REJECTED] + 3
     assert told.number(scene.receiver, told.DROPPED) == before[told.DROPPED] + 1
@@ -178,7 +184,7 @@ def test_partial_success(scene: Scene) -> None:
     assert len(scene.receiver.spans()) == spans_before
     assert told.check_balance(scene.receiver)["observed"] == observed + 1
     (line,) = lines_about(scene, "tenant 12")
-    assert "refuses 1 data points for good, which are dropped: point 7 of tenant 12 is odd" in line
+    assert "refuses 1 data points for good, which are dropped: point 7 of tenant 12, request 1f0e-ab, is odd" in line
     (line,) = lines_about(scene, "span 8 is odd")
     assert "refuses 1 spans for good" in line
 
