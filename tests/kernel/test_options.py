@@ -16,6 +16,25 @@ EXPLICIT, EXPONENTIAL = explicit_buckets().bounds_ns, exponential_buckets().boun
 WAITS = 3
 
 
+def check(flavour: str, options: ProbeOptions) -> None:
+    """Loads the programs with these options, and compares some waits with what they say of them."""
+    rows: list[Event] = []
+    with Pair() as pair:
+        its_options = ProbeOptions(**{**vars(options), "flavour": flavour, "lport": pair.port})
+        probe = Probe(its_options, rows.append)
+        probe.open()
+        try:
+            for _ in range(WAITS):
+                pair.wait(0.002)
+            probe.poll()
+            (delta,) = probe.harvest().deltas
+            assert sum(delta.counts) == probe.books()["observed"] == WAITS
+            assert len(delta.counts) == len(options.bounds_ns) + 1
+            assert [row.segments for row in rows] == [1] * WAITS * options.rows
+        finally:
+            probe.close()
+
+
 @pytest.mark.parametrize("flavour", flavours())
 @pytest.mark.parametrize(
     "options",
@@ -32,18 +51,4 @@ WAITS = 3
     ],
 )
 def test_every_combination_loads_and_counts(flavour: str, options: ProbeOptions) -> None:
-    rows: list[Event] = []
-    with Pair() as pair:
-        its_options = ProbeOptions(**{**vars(options), "flavour": flavour, "lport": pair.port})
-        probe = Probe(its_options, rows.append)
-        probe.open()
-        try:
-            for _ in range(WAITS):
-                pair.wait(0.002)
-            probe.poll()
-            (delta,) = probe.harvest().deltas
-            assert sum(delta.counts) == probe.books()["observed"] == WAITS
-            assert len(delta.counts) == len(options.bounds_ns) + 1
-            assert [row.segments for row in rows] == [1] * WAITS * options.rows
-        finally:
-            probe.close()
+    check(flavour, options)
