@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
+from urllib.parse import urlsplit
 
 from ..series import DEFAULT_ATTRIBUTES
 from ..serving.protocol import DEFAULT_PATH
@@ -62,6 +64,18 @@ def _truth(text: str) -> bool:
     if text.lower() not in ("true", "false"):
         raise ValueError("use true or false")
     return text.lower() == "true"
+
+
+def export_ports(environ: Mapping[str, str] = os.environ) -> frozenset[int]:
+    """Ports of the OTLP receivers that the SDK's own variables name, or else gRPC's default."""
+    names = (f"OTEL_EXPORTER_OTLP_{signal}ENDPOINT" for signal in ("", "TRACES_", "METRICS_", "LOGS_"))
+    urls = [url for name in names if (url := environ.get(name, "").strip())]
+    ports = set[int]()
+    for url in urls or ["localhost:4317"]:
+        with contextlib.suppress(ValueError):  # it is the exporter that complains
+            if port := urlsplit(url if "//" in url else f"//{url}").port:
+                ports.add(port)
+    return frozenset(ports)
 
 
 def read_settings(environ: Mapping[str, str] = os.environ) -> PluginSettings:

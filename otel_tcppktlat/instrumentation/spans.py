@@ -16,6 +16,7 @@ from ..probe.probe import Series
 from ..series import ATTRIBUTES, AttributeSet
 from ..telemetry.spans import record_span
 from .current import SUPPRESSED, CurrentSpans
+from .settings import export_ports
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class ReceiveSpans:
 
     def __init__(self, tracer: Tracer, current: CurrentSpans, attributes: Sequence[str]) -> None:
         self._tracer, self._current, self._names = tracer, current, attributes
+        self._export_ports = export_ports()
         self._offset_ns = monotonic_offset_ns()
         self._executable, self._comm = _own_names()
 
@@ -76,6 +78,8 @@ class ReceiveSpans:
         parent = self._current.at(event.own_tid, event.picked_ns + self._offset_ns)
         if parent is SUPPRESSED or (parent and not parent.trace_flags.sampled):
             return None
+        if parent is None and event.role == ROLE_CLIENT and event.remote_port in self._export_ports:
+            return None  # gRPC's own threads read what the SDK's exporters wait for
         context = set_span_in_context(NonRecordingSpan(parent), Context()) if parent else Context()
         event.tgid, event.tid = os.getpid(), event.own_tid  # as this process's own pid namespace has them
         series = _series_of(event, self._executable, self._comm)

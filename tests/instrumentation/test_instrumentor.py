@@ -6,11 +6,13 @@ import itertools
 import logging
 import os
 import pathlib
+import signal
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from opentelemetry import context, metrics, trace
@@ -24,10 +26,12 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON, ParentBased,
 
 from instrumentation.programs import BIN, Script, environment
 from otel_tcppktlat.demo.receiver import Receiver
+from otel_tcppktlat.demo.receiver.faults import Delay
 from otel_tcppktlat.instrumentation import TcpReceiveQueueInstrumentor
-from otel_tcppktlat.instrumentation.settings import PluginSettings, read_settings
+from otel_tcppktlat.instrumentation.settings import PluginSettings, export_ports, read_settings
 from otel_tcppktlat.series import DEFAULT_ATTRIBUTES
 from otel_tcppktlat.serving.connection import Connection
+from support.agent import LONG_S
 from telemetry.told import DURATION, Listener, deliver, eventually
 
 CUMULATIVE, DELTA = AggregationTemporality.CUMULATIVE, AggregationTemporality.DELTA
@@ -189,6 +193,38 @@ def test_its_own_exports_make_no_span(
             deliver(sender, reading, 0.02)
         eventually(it.receives)
         assert [span.parent is None for span in it.receives()] == [False]
+
+
+def test_its_own_exports_over_grpc_make_no_span(
+    serving: pathlib.Path, receiver: Receiver, tmp_path: pathlib.Path
+) -> None:
+    """gRPC's own threads read the answers: one comes while the process is stopped."""
+    variables = environment(
+        serving,
+        receiver.grpc_endpoint,
+        OTEL_EXPORTER_OTLP_PROTOCOL="grpc",
+        OTEL_METRIC_EXPORT_INTERVAL="60000",
+        OTEL_BSP_SCHEDULE_DELAY="60000",
+    )
+    receiver.answer_with(Delay(0.1), signal="traces", count=1)
+    with Script(tmp_path, variables, ["served", "span:0.02", "flush", "span:0.02", "flush"]) as script:
+        receiver.wait_for(lambda seen: any(one.signal == "traces" for one in seen.requests), LONG_S)
+        script.process.send_signal(signal.SIGSTOP)
+        time.sleep(0.3)
+        script.process.send_signal(signal.SIGCONT)
+        assert script.process.wait(60) == 0, script.said
+    ports = [span.attributes["network.peer.port"] for span in receiver.spans() if span.name == "tcp receive"]
+    assert len(ports) == 2 and urlsplit(receiver.grpc_endpoint).port not in ports
+
+
+def test_where_exports_go() -> None:
+    variables = {
+        "TRACES_ENDPOINT": "collector:4317",
+        "METRICS_ENDPOINT": "http://a:1234/v1/metrics",
+        "ENDPOINT": "https://b",
+    }
+    assert export_ports({f"OTEL_EXPORTER_OTLP_{name}": url for name, url in variables.items()}) == {4317, 1234}
+    assert export_ports({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://a:b"}) == set() and export_ports({}) == {4317}
 
 
 def test_no_more_spans_than_wanted(serving: pathlib.Path, monkeypatch: pytest.MonkeyPatch, listener: Listener) -> None:
