@@ -1,3 +1,3 @@
 """The broker: shows a process that asks over a Unix socket what was measured of itself, and nothing else."""
 
-MOST_CLIENTS = 512  # a descriptor and some 70 kB each
+MOST_CLIENTS = 512  # two descriptors and some 70 kB each
