@@ -5,7 +5,6 @@ Its packages come through apt, which checks them, into ~/.cache/otel-tcppktlat/d
 
 from __future__ import annotations
 
-import fcntl
 import pathlib
 import re
 import tempfile
@@ -24,9 +23,7 @@ exec unshare --mount --propagation private sh -ec '
 
 def python(folder: pathlib.Path) -> pathlib.Path:
     """Debian 13's Python with its bcc, as an executable in `folder`. Fetched once; it takes root."""
-    run_on_kernel.CACHE.mkdir(parents=True, exist_ok=True)
-    with (run_on_kernel.CACHE / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with run_on_kernel.cache_locked():
         if not ROOT.exists():
             _fetch()
     (ROOT / REPOSITORY.relative_to("/")).mkdir(parents=True, exist_ok=True)

@@ -27,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "otel-tcppktlat/kernels"
@@ -378,11 +379,18 @@ def run(a: argparse.Namespace, folder: pathlib.Path, stack: contextlib.ExitStack
     return status
 
 
-def prepare(name: str, headers: bool = False, update: bool = False) -> pathlib.Path:
-    """Fetches what is missing of a kernel, QEMU and the rest; returns the kernel's folder, named by its release."""
+@contextlib.contextmanager
+def cache_locked() -> Iterator[None]:
+    """Nobody else fetches anything meanwhile."""
     CACHE.mkdir(parents=True, exist_ok=True)
     with open(CACHE / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def prepare(name: str, headers: bool = False, update: bool = False) -> pathlib.Path:
+    """Fetches what is missing of a kernel, QEMU and the rest; returns the kernel's folder, named by its release."""
+    with cache_locked():
         update_lists(update)
         fetch_tools()
         if not (releases := matching(name, served() + here())):
